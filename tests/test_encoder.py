@@ -1,0 +1,169 @@
+"""Traces of teacher and students against plain transformers, and the proof that no L x L tensor is made."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+
+from pretrain.encoder import ATTENTION, build_student, can_copy, check_trace, load_teacher, trace
+from pretrain.objective import TERMS, distil, weighted
+from pretrain.recipe import Shape
+
+VOCABULARY = 61
+
+
+def bert(heads: int = 4, dropout: float = 0.0, implementation: str = ATTENTION, seed: int = 0) -> BertModel:
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=heads,
+                        intermediate_size=48, max_position_embeddings=160, hidden_dropout_prob=0.0,
+                        attention_probs_dropout_prob=dropout, initializer_range=0.2)
+    config._attn_implementation = implementation
+    torch.manual_seed(seed)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def batch(rows: int = 3, length: int = 11, padded: bool = True):
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, VOCABULARY, (rows, length), generator=g)
+    real = torch.ones(rows, length, dtype=torch.bool)
+    if padded:
+        real[0, length // 2:] = False
+        real[1, length - 2:] = False
+    segments = torch.zeros_like(ids)
+    segments[:, length // 3:] = 1
+    return ids, segments * real, real
+
+
+def test_a_trace_is_what_eager_attention_computes():
+    ids, segments, real = batch()
+    model, plain = bert().eval(), bert(implementation="eager").eval()
+    got = trace(model, ids, segments, real)
+    want = plain(ids, attention_mask=real.long(), token_type_ids=segments, output_hidden_states=True, output_attentions=True)
+    for a, b in zip(got.hidden, want.hidden_states, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-5, atol=1e-5)
+    for query, key, probabilities in zip(got.queries, got.keys, want.attentions, strict=True):
+        scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~real[:, None, None, :], -torch.inf)
+        torch.testing.assert_close(scores.softmax(-1), probabilities, rtol=1e-5, atol=1e-6)
+    embedded = model.embeddings(input_ids=ids, token_type_ids=segments)
+    assert torch.equal(got.hidden[0], embedded)
+
+
+SMALL = dict(vocab_size=VOCABULARY, num_attention_heads=4, num_hidden_layers=2, hidden_size=32, intermediate_size=48,
+             initializer_range=0.2)
+
+
+@pytest.mark.parametrize("config", [
+    RobertaConfig(**SMALL, max_position_embeddings=64), ElectraConfig(**SMALL, embedding_size=32),
+    DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_heads=4, n_layers=2, hidden_dim=48, initializer_range=0.2)],
+    ids=lambda c: c.model_type)
+def test_other_teachers_trace_too(config):
+    ids, segments, real = batch()
+    config._attn_implementation = ATTENTION
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config).eval()
+    check_trace(model)
+    got = trace(model, ids, segments, real)
+    model.set_attn_implementation("eager")
+    extra = {"token_type_ids": segments} if getattr(config, "type_vocab_size", 0) >= 2 else {}
+    want = model(ids, attention_mask=real.long(), output_hidden_states=True, **extra)
+    torch.testing.assert_close(got.hidden[-1][real], want.hidden_states[-1][real], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_attention_cannot_be_traced_is_refused():
+    config = MPNetConfig(**SMALL, max_position_embeddings=64)
+    config._attn_implementation = ATTENTION
+    model = AutoModel.from_config(config)
+    with pytest.raises(ValueError, match="MPNetModel: .*cannot be traced"):
+        trace(model, *batch())
+
+
+class Squares(TorchDispatchMode):
+    """Remembers every output with two axes that are multiples of L, whatever computes it."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length, self.found = length, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and sum(n and n % self.length == 0 for n in tensor.shape) >= 2:
+                self.found.append((str(func), tuple(tensor.shape)))
+        return out
+
+
+PRIME = 127  # larger than every width here and than the vocabulary, so only sequence axes are multiples of it
+
+
+def step_squares(student_model, *, direct: bool = False, full_mask: bool = False) -> list:
+    """Forward of both, loss and backward on padded rows, watched."""
+    teacher = bert(seed=1).eval().requires_grad_(False)
+    ids, segments, real = batch(length=PRIME)
+    with Squares(PRIME) as seen:
+        with torch.no_grad():
+            t = trace(teacher, ids, segments, real)
+        mask = (real[:, None, :, None] & real[:, None, None, :]) if full_mask else real
+        s = trace(student_model, ids, segments, mask)
+        if direct:
+            loss = ((s.queries[0] @ s.keys[0].mT - t.queries[0] @ t.keys[0].mT) ** 2).mean()
+        else:
+            loss = weighted(distil(s, t, real, [1, 2, 3]), dict.fromkeys(TERMS, 1.0)).mean()
+        loss.backward()
+    return seen.found
+
+
+def test_a_training_step_makes_no_l_by_l_tensor():
+    assert step_squares(bert().train()) == []
+    assert step_squares(bert(dropout=0.1).eval()) == []  # dropout in the config, but off
+
+
+def test_the_watch_catches_every_way_to_make_one():
+    assert step_squares(bert().train(), direct=True)
+    assert step_squares(bert().train(), full_mask=True)
+    assert step_squares(bert(dropout=0.1).train())
+
+
+def test_a_student_is_drawn_from_seed_and_name():
+    teacher, shape = bert(), Shape(layers=2, hidden=16, intermediate=24, heads=4)
+    torch.manual_seed(5)
+    one = build_student("tiny4", shape, teacher, [1, 3], init="random", seed=0)
+    torch.manual_seed(6)
+    same = build_student("tiny4", shape, teacher, [1, 3], init="random", seed=0)
+    other = build_student("tiny6", shape, teacher, [1, 3], init="random", seed=0)
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        if name.endswith("query.weight"):
+            assert not torch.equal(a, c) and abs(a.std().item() - 0.02) < 0.004
+
+
+def test_copied_layers_are_the_mapped_ones():
+    teacher, shape = bert(), Shape(layers=2, hidden=32, intermediate=48, heads=4)
+    assert can_copy(shape, teacher.config)
+    student = build_student("s", shape, teacher, [1, 3], init="teacher", seed=0)
+    assert student.projection is None
+    for mine, theirs in ((0, 0), (1, 2)):
+        for a, b in zip(student.encoder.encoder.layer[mine].parameters(), teacher.encoder.layer[theirs].parameters(),
+                        strict=True):
+            assert torch.equal(a, b)
+    ids, segments, real = batch()
+    assert torch.equal(student(ids, segments, real).hidden[1], trace(teacher.train(False), ids, segments, real).hidden[1])
+
+
+def test_copying_into_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"init=teacher needs the teacher's shape .*write init=random"):
+        build_student("s", Shape(layers=2, hidden=16, intermediate=24, heads=4), bert(), [1, 3], init="teacher", seed=0)
+
+
+def test_a_teacher_is_loaded_without_dropout_and_gradients(tmp_path):
+    bert(dropout=0.5).save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    a, b = (trace(teacher, *batch()).hidden[-1] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("./nowhere/at/all", "no such folder. Give a folder with config.json"),
+])
+def test_a_teacher_that_is_not_there_says_what_to_do(name, says):
+    with pytest.raises(ValueError, match=says):
+        load_teacher(name, torch.float32, torch.device("cpu"))

@@ -1,0 +1,313 @@
+"""General distillation through the real launcher: runs, resumes, ranks, students, what it leaves, what it refuses."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.general import options, resolve
+from pretrain.recipe import RECIPES, Recipe, override, parse_student
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "tiny4:layers=2,hidden=12,intermediate=24"  # narrower than the teacher: random weights and a projection
+SAME = "tiny4:layers=2,hidden=24,intermediate=48"  # as wide as the teacher: its layers are copied
+SETTINGS = ["batch=16", "steps=6", "save_every=3", "eval_every=3", "log_every=1", "lr=1e-3"]
+
+
+def launch(*arguments, ranks: int = 1, cwd: Path = ROOT, form: str = "python", expect: int = 0,
+           rendezvous: dict | None = None) -> str:
+    """Run launch/general.sh -> what it printed.  `form`: python (one rank, no launcher), deepspeed or bash."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = "launch/general.sh"
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                    "CC": "/bin/false", "CXX": "/bin/false", **(rendezvous or {})}  # nothing may need a compiler
+    launcher = ["--num_gpus", str(ranks), "--master_port", port]
+    command = {"python": [sys.executable, script], "deepspeed": ["deepspeed", *launcher, script], "bash": ["bash", script]}[form]
+    if form == "bash":
+        environment["DS_ARGS"] = " ".join(launcher)
+    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=300)
+    assert done.returncode == expect, done.stdout[-3000:]
+    return done.stdout
+
+
+def metrics(out: Path) -> dict[int, dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines), "a step stands twice"
+    return {line["step"]: line for line in lines}
+
+
+def learned(figures: dict) -> dict:
+    """What must be equal between runs: everything but the clock's figures."""
+    return {name: value for name, value in figures.items() if name not in ("rows/s", "tokens/s", "data_wait")}
+
+
+def weights(out: Path, student: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "students" / student / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def inputs(shards_folder, teacher_folder) -> list[str]:
+    return ["--shards", str(shards_folder), "--teacher", str(teacher_folder), "--teacher-dtype", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory) -> Path:
+    """A straight run of 6 steps on 2 ranks by the real launcher, two students, dropout on, checkpoints at 3 and 6."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, "dropout=0.1", ranks=2, form="deepspeed")
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_rank(inputs, tmp_path_factory) -> Path:
+    """6 steps on one rank, one student, no dropout."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    launch(*inputs, "--student", SMALL, "--out", out, *SETTINGS)
+    return out
+
+
+NAMES = (SMALL.replace(":", "-").replace(",", "-").replace("=", "-"), SAME.replace(":", "-").replace(",", "-").replace("=", "-"))
+
+
+def test_what_a_run_leaves(two_ranks, one_rank):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import AutoModel, AutoTokenizer
+
+    run = json.loads((two_ranks / "run.json").read_text())
+    assert run["ranks"] == 2 and run["settings"]["steps"] == 6 and "torch" in run["versions"] and run["command"]
+    assert sorted(metrics(two_ranks)) == list(range(7))
+    alone = metrics(one_rank)[6]
+    for figure in ("rows", "loss", "embedding", "hidden/2", "attention/1", "lr", "grad_norm", "rows/s", "tokens/s", "data_wait",
+                   "held_out/loss"):
+        assert figure in alone
+    assert alone["loss"] < metrics(one_rank)[1]["loss"]
+    board = EventAccumulator(str(one_rank / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars("run/loss")] == [1, 2, 3, 4, 5, 6]
+    for name in NAMES:
+        folder = two_ranks / "students" / name
+        model = AutoModel.from_pretrained(folder)
+        assert model.config.num_hidden_layers == 2 and AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+        assert all(torch.equal(model.state_dict()[k], v) for k, v in weights(two_ranks, name).items())
+    assert (two_ranks / "students" / NAMES[0] / "projection.safetensors").exists()
+    assert not (two_ranks / "students" / NAMES[1] / "projection.safetensors").exists()
+
+
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(two_ranks, inputs, tmp_path):
+    """The newest checkpoint is damaged by one byte: the one before it is taken; dropout goes on as it would have."""
+    out = tmp_path / "run"
+    shutil.copytree(two_ranks, out)
+    for file in (out / "checkpoints/step-6").rglob("*optim_states.pt"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        break
+    said = launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, "dropout=0.1", ranks=2, form="bash")
+    assert "damaged (its sha256 is another)" in said and "goes on from" in said
+    before, after = metrics(two_ranks), metrics(out)
+    assert sorted(after) == list(range(7))
+    for step in before:
+        assert learned(before[step]) == learned(after[step])
+    for name in NAMES:
+        straight, resumed = weights(two_ranks, name), weights(out, name)
+        assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_ranks_and_micro_batches_change_the_loss_by_rounding_only(inputs, one_rank, tmp_path):
+    """Two ranks, four micro batches each, against one rank in one piece; the second student changes nothing."""
+    engine = tmp_path / "small.json"
+    engine.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}))
+    out = tmp_path / "run"
+    launch(*inputs, "--student", SMALL, "--engine", engine, "--out", out, *SETTINGS, ranks=2, form="deepspeed")
+    one, two = metrics(one_rank), metrics(out)
+    for step in range(1, 7):  # 1e-5: the project's bound for a change of the engine file
+        for name in ("loss", "embedding", "hidden/2", "attention/1"):
+            assert two[step][name] == pytest.approx(one[step][name], rel=1e-5)
+    assert two[0]["held_out/loss"] == pytest.approx(one[0]["held_out/loss"], rel=1e-6)
+
+
+def test_a_student_beside_another_ends_bit_for_bit_where_it_ends_alone(inputs, one_rank, tmp_path):
+    out = tmp_path / "run"
+    launch(*inputs, "--student", SAME, "--student", SMALL, "--out", out, *SETTINGS)
+    alone, beside = weights(one_rank, NAMES[0]), weights(out, NAMES[0])
+    assert all(torch.equal(alone[k], beside[k]) for k in alone)
+
+
+def test_the_same_command_again_and_fresh(inputs, one_rank, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(one_rank, out)
+    arguments = [*inputs, "--student", SMALL, "--out", out, *SETTINGS]
+    assert "all 6 steps are done" in launch(*arguments)
+    refused = launch(*arguments, "lr=2e-3", expect=2)
+    assert "error: checkpoint" in refused and "lr was 0.001, is 0.002" in refused and "--fresh" in refused
+    launch(*arguments, "lr=2e-3", "--fresh")
+    assert learned(metrics(tmp_path / "run.1")[6]) == learned(metrics(one_rank)[6]) != learned(metrics(out)[6])
+    assert (tmp_path / "run.1/checkpoints/latest").exists()
+
+
+def test_the_literal_command(shards_folder, teacher_folder, tmp_path):
+    """`deepspeed launch/general.sh`, no option at all, in a folder that has the default shards and teacher."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 29500)) == 0:
+            pytest.skip("DeepSpeed's default port 29500, which the literal command uses, is taken by another run")
+    for name in ("launch", "ds_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shards").symlink_to(shards_folder)
+    (tmp_path / "bert-base-uncased").symlink_to(teacher_folder)
+    done = subprocess.run(["deepspeed", "launch/general.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                               "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = json.loads((shards_folder / "manifest.json").read_text())["rows"]
+    steps = -(-3 * rows // 256)
+    assert sorted(metrics(tmp_path / "runs/general"))[-1] == steps
+    assert (tmp_path / "runs/general/students/tiny4/model.safetensors").exists()
+
+
+def test_a_bad_input_ends_every_rank_and_leaves_nothing(inputs, tmp_path):
+    said = launch(*inputs, "--student", "tiny5", "--out", tmp_path / "run", ranks=2, form="deepspeed", expect=2)
+    assert said.count("error: ") == 1 and "unknown student 'tiny5'; did you mean 'tiny6'?" in said and "Traceback" not in said
+    said = launch(*inputs, "--student", SMALL, "--out", tmp_path / "run", "batch=9", ranks=2, form="deepspeed", expect=2)
+    assert said.count("error: ") == 1 and "lanes=9 do not divide over 2 ranks" in said and "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_said(inputs, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = launch(*inputs, "--student", SMALL, "--out", tmp_path / "run", expect=2,
+                      rendezvous={"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                                  "MASTER_PORT": str(port)})
+    assert f"error: the ranks cannot meet at 127.0.0.1:{port}" in said and f"--master_port {port + 1}" in said
+
+
+def test_help_answers_without_torch():
+    done = subprocess.run(["bash", "launch/general.sh", "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert "--teacher" in done.stdout and "warmup" in done.stdout
+
+
+def engine_file(folder: Path, **content) -> str:
+    path = folder / "engine.json"
+    path.write_text(json.dumps({"train_micro_batch_size_per_gpu": 8, "zero_optimization": {"stage": 2}, **content}))
+    return str(path)
+
+
+BAD = [
+    (["--student", "tiny44"], "unknown student 'tiny44'; did you mean 'tiny4'?"),
+    (["--student", "tiny4:layer=3"], "no number 'layer'; did you mean 'layers'?"),
+    (["--student", "tiny4:layers=x"], "cannot read layers='x' as an integer"),
+    (["--student", "tiny4:hidden=100"], "hidden=100 does not divide over heads=12; write hidden=96"),
+    (["--student", "tiny4:heads=6,hidden=300"], "6 heads, the teacher 12: .* write --student .*:heads=12"),
+    (["--student", "tiny4:layers=9"], "9 layers is deeper than its teacher of 4"),
+    (["--student", "tiny4", "--student", "tiny4"], "student tiny4 is given twice"),
+    (["--recipe", "tinybird"], "unknown recipe 'tinybird'; did you mean 'tinybert'?"),
+    (["lrr=1"], "unknown setting 'lrr'; did you mean 'lr'?"),
+    (["lr=fast"], "lr: cannot read 'fast' as float; write lr=0.0001"),
+    (["lr=-1"], "lr=-1.0: must be a number of at least 0"),
+    (["betas=0.9"], "betas=.*written betas=0.9,0.999"),
+    (["mask=maybe"], r"mask='maybe' \(there are precomputed, none\)|mask='maybe'"),
+    (["layer_map=unifrom"], "layer_map='unifrom'; did you mean 'uniform'"),
+    (["warmup=2.5"], "warmup=2.5: a share of the steps"),
+    (["batch=10", "lanes=4"], "batch=10 does not divide over lanes=4; write a batch that is a multiple of it"),
+    (["fast"], "'fast' is no setting; write key=value"),
+    (["--teacher", "./no/such/teacher"], "model './no/such/teacher': no such folder"),
+    (["--shards", "nowhere"], "no shards in nowhere .*make shards with: python -m shards.build"),
+    (["--engine", "ds_configs/cpv.json"], "ds_configs/cpv.json: no such file; did you mean 'ds_configs/cpu.json'?"),
+]
+
+
+@pytest.mark.parametrize("given, says", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=says) as error:
+        resolve(options([*inputs, *given]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, says", [
+    ({"optimizer": {}}, "'optimizer' does not belong there; write it in the recipe"),
+    ({"gradient_clipping": 1.0}, r"write it in the recipe \(clip=\)"),
+    ({"train_batch_size": 8}, r"write it in the recipe \(batch=\)"),
+    ({"gradient_cliping": 1.0}, "DeepSpeed would ignore 'gradient_cliping' in silence"),
+    ({"zero_optimisation": {}}, "in silence; did you mean 'zero_optimization'?"),
+    ({"zero_optimization": {"stage": 3}}, "stage is 3; write 2"),
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "has no 'overlap_com'; did you mean 'overlap_comm'"),
+    ({"bf16": {"enabled": "perhaps"}}, "bf16.enabled: "),
+    ({"train_micro_batch_size_per_gpu": "many"}, "needs train_micro_batch_size_per_gpu"),
+    pytest.param({"fp16": {"enabled": True}}, "need a GPU.*ds_configs/cpu.json",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+])
+def test_an_engine_file_is_checked_key_by_key(content, says, inputs, tmp_path):
+    with pytest.raises(ValueError, match=says) as error:
+        resolve(options([*inputs, "--student", SMALL, "--engine", engine_file(tmp_path, **content)]))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
+def test_every_file_of_ds_configs_is_accepted_where_it_belongs(name):
+    from pretrain.engine import read_engine_file
+
+    read_engine_file(ROOT / "ds_configs" / name, "cpu" if "cpu" in name else "cuda")
+
+
+@pytest.mark.parametrize("damage, says", [
+    ("missing", "train-00001.tar: missing, but the manifest lists it"),
+    ("truncated", r"train-00001.tar: [\d,]+ bytes, but the manifest says"),
+])
+def test_a_bad_shard_is_found_before_training(damage, says, inputs, shards_folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(shards_folder, copy)
+    shard = copy / "train-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    if damage == "missing":
+        shard.unlink()
+    with pytest.raises(ValueError, match=says):
+        resolve(options([*inputs, "--shards", str(copy)]))
+
+
+def test_a_damaged_shard_ends_all_ranks_with_its_name(inputs, shards_folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(shards_folder, copy)
+    data = bytearray((copy / "train-00002.tar").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "train-00002.tar").write_bytes(data)
+    said = launch(*inputs, "--shards", copy, "--student", SMALL, "--out", tmp_path / "run", *SETTINGS, ranks=2,
+                  form="deepspeed", expect=2)
+    assert said.count("error: ") == 1 and "train-00002.tar: its sha256 is not the manifest's" in said
+    assert "Traceback" not in said
+
+
+def test_another_tokenizer_is_refused(inputs, teacher_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher_folder, other)
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"lowercase":true', '"lowercase":false').replace(
+        '"lowercase": true', '"lowercase": false'))
+    (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text().replace(
+        '"do_lower_case": true', '"do_lower_case": false'))
+    with pytest.raises(ValueError, match="the shards were built with the tokenizer of .*the teacher .* has another"):
+        resolve(options([*inputs, "--teacher", str(other)]))
+
+
+def test_the_rate_rises_and_falls_by_the_step_number():
+    recipe = override(RECIPES["tinybert"], ["steps=10", "warmup=2", "lr=1.0"])
+    assert [round(recipe.rate(step), 3) for step in range(10)] == [0.5, 1.0, 1.0, .875, .75, .625, .5, .375, .25, .125]
+    assert override(recipe, ["warmup=0"]).rate(0) == 1.0
+    assert override(Recipe(), ["warmup=0.1", "steps=1_000"]).steps == 1000
+
+
+def test_a_student_name_is_a_folder_name():
+    assert parse_student("tiny4:layers=3,hidden=24")[0] == "tiny4-layers-3-hidden-24"

@@ -1,0 +1,143 @@
+"""The objective against a float64 computation that builds every score, and its invariants."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pretrain.objective import TERMS, distil, hidden_mse, layer_map, score_mse, weighted
+
+LENGTHS = (7, 12, 1, 5)  # ragged, one row of a single token
+
+
+@dataclass
+class Made:
+    hidden: tuple
+    queries: tuple
+    keys: tuple
+
+    def changed(self, change) -> "Made":
+        return Made(*(tuple(change(x) for x in part) for part in (self.hidden, self.queries, self.keys)))
+
+
+def made(layers: int, width: int, heads: int, d: int, seed: int, length: int = 12) -> Made:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(len(LENGTHS), *shape, generator=g)
+
+    return Made(tuple(draw(length, width) for _ in range(layers + 1)), tuple(draw(heads, length, d) for _ in range(layers)),
+                tuple(draw(heads, length, d) for _ in range(layers)))
+
+
+def real(length: int = 12) -> torch.Tensor:
+    return torch.arange(length)[None, :] < torch.tensor(LENGTHS)[:, None]
+
+
+def direct_scores(s: Made, t: Made, m: int, n: int, mask: torch.Tensor) -> torch.Tensor:
+    """Every score of both models in float64, masked by real pairs, averaged row by row."""
+    def scores(x, i):
+        q, k = x.queries[i].double(), x.keys[i].double()
+        return q @ k.mT / q.shape[-1] ** 0.5
+
+    pairs = mask[:, None, :, None] & mask[:, None, None, :]
+    squares = (scores(s, m) - scores(t, n)) ** 2 * pairs
+    return squares.sum((1, 2, 3)) / (pairs.sum((1, 2, 3)) * s.queries[m].shape[1])
+
+
+@pytest.mark.parametrize("d_s, d_t", [(8, 8), (5, 8), (8, 5)])
+def test_scores_are_those_of_the_direct_form(d_s, d_t):
+    s, t, mask = made(1, 10, 3, d_s, 1), made(1, 10, 3, d_t, 2), real()
+    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask).double()
+    # float32 products of about d terms each: 1e-6 of the sums |S_s|^2 + |S_t|^2 that the form is built of
+    size = sum(((x.queries[0].double() @ x.keys[0].double().mT) ** 2 / x.queries[0].shape[-1]).mean((1, 2, 3)) for x in (s, t))
+    want = direct_scores(s, t, 0, 0, mask)
+    assert ((got - want).abs() <= 1e-6 * size * (12 / torch.tensor(LENGTHS)) ** 2).all()
+
+
+def test_gradients_are_those_of_the_direct_form():
+    s, t, mask = made(1, 10, 3, 8, 1), made(1, 10, 3, 8, 2), real()
+    s32 = s.changed(lambda x: x.clone().requires_grad_())
+    s64 = s.changed(lambda x: x.double().requires_grad_())
+    score_mse(s32.queries[0], s32.keys[0], t.queries[0], t.keys[0], mask).sum().backward()
+    direct_scores(s64, t, 0, 0, mask).sum().backward()
+    for a, b in ((s32.queries[0], s64.queries[0]), (s32.keys[0], s64.keys[0])):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-5 * b.grad.abs().max().item())
+
+
+def test_equal_models_have_exactly_no_loss_and_no_gradient():
+    s = made(2, 10, 3, 8, 1).changed(lambda x: x.requires_grad_())
+    t = s.changed(lambda x: x.detach().clone())
+    loss = weighted(distil(s, t, real(), [1, 2]), dict.fromkeys(TERMS, 1.0)).sum()
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((x.grad is None) or (x.grad == 0).all() for part in (s.hidden, s.queries, s.keys) for x in part)
+
+
+def test_models_close_to_each_other_keep_six_digits():
+    t, mask = made(1, 10, 3, 8, 2), real()
+    g = torch.Generator().manual_seed(5)
+    s = t.changed(lambda x: x * (1 + 1e-4 * torch.randn(x.shape, generator=g)))
+    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask).double()
+    torch.testing.assert_close(got, direct_scores(s, t, 0, 0, mask), rtol=1e-6, atol=0)
+
+
+def test_hidden_is_a_mean_over_real_tokens():
+    s, t, mask = made(1, 10, 3, 8, 1), made(1, 10, 3, 8, 2), real()
+    want = torch.stack([((s.hidden[0][i, :n].double() - t.hidden[0][i, :n].double()) ** 2).mean()
+                        for i, n in enumerate(LENGTHS)])
+    torch.testing.assert_close(hidden_mse(s.hidden[0], t.hidden[0], mask).double(), want, rtol=1e-6, atol=0)
+
+
+def test_what_stands_on_padding_never_reaches_the_loss():
+    s, t, mask = made(2, 10, 3, 8, 1), made(2, 10, 3, 8, 2), real()
+    before = distil(s, t, mask, [1, 2])
+    spoil = torch.where(mask, 0.0, 1e6)
+    s2 = s.changed(lambda x: x + (spoil[:, :, None] if x.dim() == 3 else spoil[:, None, :, None]))
+    after = distil(s2, t, mask, [1, 2])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("how", ["more padding", "one row at a time", "another order"])
+def test_a_row_counts_the_same_in_any_batch(how):
+    s, t, mask = made(2, 10, 3, 8, 1), made(2, 10, 3, 8, 2), real()
+    whole = distil(s, t, mask, [1, 2])
+    order = torch.tensor([2, 0, 3, 1])
+    if how == "more padding":
+        def longer(x):
+            return torch.cat([x, torch.ones_like(x)], dim=-2)
+        other = distil(s.changed(longer), t.changed(longer), torch.cat([mask, torch.zeros_like(mask)], 1), [1, 2])
+    elif how == "one row at a time":
+        rows = [distil(s.changed(lambda x, i=i: x[i:i + 1]), t.changed(lambda x, i=i: x[i:i + 1]), mask[i:i + 1], [1, 2])
+                for i in range(len(LENGTHS))]
+        other = {name: torch.cat([row[name] for row in rows]) for name in whole}
+    else:
+        back = torch.argsort(order)
+        moved = distil(s.changed(lambda x: x[order]), t.changed(lambda x: x[order]), mask[order], [1, 2])
+        other = {name: value[back] for name, value in moved.items()}
+    for name in whole:  # only the order of float32 sums may differ
+        torch.testing.assert_close(whole[name], other[name], rtol=1e-5, atol=0)
+
+
+def test_a_hand_sum():
+    """One head, two tokens, d=1: S_s = [[1,2],[2,4]], S_t = 0, so the mean square is (1+4+4+16)/4."""
+    q = torch.tensor([[[[1.0], [2.0]]]])
+    zero = torch.zeros_like(q)
+    assert score_mse(q, q, zero, zero, torch.ones(1, 2, dtype=torch.bool)).item() == 6.25
+
+
+def test_layer_maps():
+    assert layer_map("uniform", 4, 12) == [3, 6, 9, 12]  # TinyBERT's own
+    assert layer_map("uniform", 4, 6) == [2, 3, 5, 6]
+    assert layer_map("last", 4, 6) == [3, 4, 5, 6]
+    assert layer_map("first", 4, 6) == [1, 2, 3, 4]
+    for n in range(1, 25):
+        for m in range(1, n + 1):
+            chosen = layer_map("uniform", m, n)
+            assert chosen == sorted(set(chosen)) and chosen[-1] == n
+            assert n % m or chosen == [n // m * i for i in range(1, m + 1)]
+
+
+def test_weights_are_by_kind():
+    terms = {"embedding": torch.tensor([1.0]), "hidden/1": torch.tensor([10.0]), "attention/1": torch.tensor([100.0])}
+    assert weighted(terms, {"embedding": 1.0, "hidden": 0.5, "attention": 2.0}).item() == 206.0

@@ -1,0 +1,165 @@
+"""The stream: a pure function of (manifest, seed, lanes), the same for any number of ranks and any restart."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.block import Block, Manifest, Shard
+from shards.stream import Stream, held_out_batches, micro_rows
+
+PAD = 9
+
+
+def block(shard: int, rows: int) -> Block:
+    """Row r of shard s holds the ids 1000 s + r, repeated; lengths differ; two mask sets, each masking its own place."""
+    lengths = np.array([3 + (7 * r + shard) % 11 for r in range(rows)], np.uint16)
+    ids = np.concatenate([np.full(n, 1000 * shard + r, np.uint16) for r, n in enumerate(lengths)])
+    counts = np.ones((2, rows), np.uint16)
+    return Block(ids, lengths, (lengths - 1).astype(np.uint16), np.zeros(rows, np.uint8), counts,
+                 np.repeat(np.array([0, 1], np.uint8), rows), np.full(2 * rows, 60_000, np.uint16))
+
+
+def manifest(sizes: list[int]) -> Manifest:
+    shards = tuple(Shard(f"train-{n:05d}.tar", size, 0, 0, str(n)) for n, size in enumerate(sizes))
+    return Manifest(format=1, tokenizer={"pad": PAD}, settings={}, row_length=16, mask_sets=2, rows=sum(sizes), tokens=0,
+                    shards=shards, held_out=shards[:1], counts={})
+
+
+class Opened:
+    """Reads shards and remembers which."""
+
+    def __init__(self):
+        self.names = []
+
+    def __call__(self, shard: Shard) -> Block:
+        self.names.append(shard.name)
+        return block(int(shard.sha256), shard.rows)
+
+
+def stream(sizes, *, batch, lanes, rank=0, world=1, seed=0, mask="none", opened=None) -> Stream:
+    return Stream(manifest(sizes), opened or Opened(), seed=seed, batch=batch, lanes=lanes, rank=rank, world=world, mask=mask)
+
+
+def rows_of(sizes, start: int, steps: int, *, batch: int, lanes: int, worlds: list[int]) -> list[tuple[int, int, int]]:
+    """(pass, shard, row) of a run that changes its number of ranks from step to step, in the batch's own order."""
+    out = []
+    for step in range(steps):
+        world = worlds[step % len(worlds)]
+        cells = {}
+        for rank in range(world):
+            one = stream(sizes, batch=batch, lanes=lanes, rank=rank, world=world)  # fresh: every step is a restart
+            cells |= dict(zip(one.mine.tolist(), one.rows_at(start + step * batch), strict=True))
+        out += [cells[c] for c in range(batch)]
+    return out
+
+
+@st.composite
+def layouts(draw):
+    lanes = draw(st.integers(1, 12))
+    return dict(sizes=draw(st.lists(st.integers(1, 20), min_size=1, max_size=6)), lanes=lanes,
+                batch=lanes * draw(st.integers(1, 3)))
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.data())
+def test_any_ranks_and_any_restart_give_the_same_batches(layout, data):
+    worlds = data.draw(st.lists(st.sampled_from(divisors(layout["lanes"])), min_size=1, max_size=3))
+    start = layout["batch"] * data.draw(st.integers(0, 5))
+    straight = stream(**layout)
+    want = [row for step in range(4) for row in straight.rows_at(start + step * layout["batch"])]
+    assert rows_of(layout["sizes"], start, 4, batch=layout["batch"], lanes=layout["lanes"], worlds=worlds) == want
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts())
+def test_each_pass_is_every_row_exactly_once(layout):
+    total, batch = sum(layout["sizes"]), layout["batch"]
+    one = stream(**layout)
+    seen = [row for j in range(0, 3 * total + batch, batch) for row in one.rows_at(j)]
+    everything = sorted((s, r) for s, n in enumerate(layout["sizes"]) for r in range(n))
+    for epoch in range(3):
+        part = seen[epoch * total:(epoch + 1) * total]
+        assert {e for e, *_ in part} == {epoch}
+        assert sorted((s, r) for _, s, r in part) == everything
+
+
+def test_passes_and_seeds_differ():
+    one, other = stream([40, 30], batch=10, lanes=5), stream([40, 30], batch=10, lanes=5, seed=1)
+    first, second = ([r[1:] for j in range(at, at + 70, 10) for r in one.rows_at(j)] for at in (0, 70))
+    assert first != second and first != [r[1:] for j in range(0, 70, 10) for r in other.rows_at(j)]
+
+
+def test_within_a_pass_a_rank_opens_only_its_lanes_shards():
+    sizes, lanes = [16] * 8, 8  # a lane is exactly one shard
+    for rank in range(4):
+        opened = Opened()
+        one = stream(sizes, batch=8, lanes=lanes, rank=rank, world=4, opened=opened)
+        for j in range(0, sum(sizes), 8):
+            one.rows_at(j)
+        assert len(opened.names) == len(set(opened.names)) == 2
+
+
+def test_seeking_reads_at_most_one_shard_a_lane():
+    opened = Opened()
+    stream([16] * 20, batch=8, lanes=4, opened=opened).batches(16 * 10, 8)
+    assert len(opened.names) <= 4
+
+
+def test_memory_is_bounded_by_the_lanes():
+    one = stream([5] * 40, batch=4, lanes=4)
+    for j in range(0, 400, 4):
+        one.batches(j, 4)
+        assert len(one.decoded) <= 4
+
+
+def test_batches_are_padded_sorted_and_masked_by_the_pass():
+    one = stream([12, 8], batch=10, lanes=5, mask="precomputed")
+    for j in (0, 10, 20, 30):  # passes 0, 0, 1, 1
+        micro = one.batches(j, 5)
+        assert [len(b.ids) for b in micro] == [5, 5]
+        lengths = [int(n) for b in micro for n in b.real.sum(1)]
+        assert lengths == sorted(lengths)
+        for b in micro:
+            assert b.ids.shape[1] % 8 == 0 and b.ids.shape == b.segments.shape == b.real.shape
+            assert (b.ids[~b.real] == PAD).all() and (b.segments[~b.real] == 0).all()
+            assert (b.segments.sum(1) == 1).all()  # one token stands in segment 1
+            masked = np.argwhere(b.ids == 60_000)
+            assert masked.tolist() == [[row, j // 20] for row in range(5)]
+
+
+def test_the_unmasked_rows_are_those_of_the_shards():
+    one = stream([12, 8], batch=10, lanes=5)
+    for batch in one.batches(0, 5):
+        for ids, real in zip(batch.ids, batch.real, strict=True):
+            row = ids[real]
+            shard, number = divmod(int(row[0]), 1000)
+            assert (row == row[0]).all() and len(row) == 3 + (7 * number + shard) % 11
+
+
+def test_row_numbers_count_through_the_shards():
+    one = stream([12, 8], batch=10, lanes=5)
+    numbers = np.concatenate([b.numbers for j in (0, 10) for b in one.batches(j, 10)])
+    assert sorted(numbers.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_held_out_rows_are_counted_once_over_the_ranks(world):
+    made = manifest([10])
+    parts = [held_out_batches(made, Opened(), most=7, rank=r, world=world, micro=2, mask="none") for r in range(world)]
+    rows = sorted(int(n) for part in parts for b in part for n in b.numbers)
+    assert rows == list(range(7))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: stream([9], batch=9, lanes=4), "batch=9 does not divide over lanes=4"),
+    (lambda: stream([9], batch=8, lanes=4, world=3), "lanes=4 do not divide over 3 ranks; start with a number of ranks"),
+    (lambda: micro_rows(48, 32), "share of the batch is 48 rows, no multiple of the engine file's"),
+])
+def test_what_does_not_divide_is_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
