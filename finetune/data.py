@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.docpairs import docs_pairs
+from finetune.docpairs import Pair, docs_pairs
 from pretrain.recipe import did_you_mean
 
 LABELS = ("entailment", "not_entailment")  # GLUE's order; a model's output n stands for LABELS[n]
@@ -23,32 +23,18 @@ NAMED = ("glue", "python-docs")
 POOL = 50  # batches; rows are sorted by length within so many, so an epoch's order stays random
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Rows as text; labels index LABELS."""
-
-    questions: list[str]
-    sentences: list[str]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def drawn(self, rows: int | None, seed: int) -> "Pairs":
-        """`rows` of them in a seeded order; all of them, as they stand, where there are no more."""
-        if rows is None or rows >= len(self):
-            return self
-        chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
-        return Pairs(*([column[n] for n in chosen] for column in (self.questions, self.sentences, self.labels)))
+def drawn(pairs: list[Pair], rows: int | None, seed: int) -> list[Pair]:
+    """`rows` of them in a seeded order; all of them, as they stand, where there are no more."""
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    return pairs if rows is None or rows >= len(pairs) else [pairs[n] for n in order[:rows]]
 
 
-def fingerprint(*splits: Pairs) -> str:
+def fingerprint(*splits: list[Pair]) -> str:
     """sha256 of the rows, in order."""
-    rows = [[s.questions, s.sentences, s.labels] for s in splits]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 
 
-def read_tsv(path: Path) -> Pairs:
+def read_tsv(path: Path) -> list[Pair]:
     """GLUE's layout: a header, then fields between tabs, quotes having no meaning.  ValueError names file and line."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
@@ -66,10 +52,10 @@ def read_tsv(path: Path) -> Pairs:
             for number, line in enumerate(lines[1:], start=2)]
     if not rows:
         raise ValueError(f"{path}: a header and no rows")
-    return Pairs(*(list(column) for column in zip(*rows, strict=True)))
+    return rows
 
 
-def _row(where: str, fields: list[str], header: list[str], places: list[int]) -> tuple[str, str, int]:
+def _row(where: str, fields: list[str], header: list[str], places: list[int]) -> Pair:
     if len(fields) != len(header):
         raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
     question, sentence, label = (fields[place] for place in places)
@@ -78,28 +64,27 @@ def _row(where: str, fields: list[str], header: list[str], places: list[int]) ->
         raise ValueError(f"{where}: {wrong}; write {' or '.join(LABELS)}")
     if not question.strip() or not sentence.strip():
         raise ValueError(f"{where}: an empty {'sentence' if question.strip() else 'question'}")
-    return question, sentence, LABELS.index(label)
+    return Pair(question, sentence, LABELS.index(label))
 
 
-def _glue() -> tuple[Pairs, Pairs]:
+def _glue() -> tuple[list[Pair], list[Pair]]:
     try:
         import datasets  # here: it takes a second, and only this source needs it
 
         splits = datasets.load_dataset("nyu-mll/glue", "qnli")
     except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ValueError(f"data glue: the hub did not give nyu-mll/glue ({type(error).__name__}: {reason}). Where there "
-                         "is no network give --data FOLDER with GLUE's train.tsv and dev.tsv, or --data python-docs"
-                         ) from error
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
+        raise ValueError(f"data glue: the hub did not give nyu-mll/glue ({reason}). With no network give --data "
+                         "FOLDER with GLUE's train.tsv and dev.tsv, or --data python-docs") from error
 
-    def pairs(split) -> Pairs:
+    def pairs(split) -> list[Pair]:
         names = split.features["label"].names  # by name: another copy of GLUE may number them otherwise
-        return Pairs(list(split["question"]), list(split["sentence"]), [LABELS.index(names[n]) for n in split["label"]])
+        return [Pair(row["question"], row["sentence"], LABELS.index(names[row["label"]])) for row in split]
 
     return pairs(splits["train"]), pairs(splits["validation"])
 
 
-def load(source: str, seed: int) -> tuple[Pairs, Pairs]:
+def load(source: str, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Training and dev rows of `glue`, `python-docs` or a folder with train.tsv and dev.tsv."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -107,8 +92,7 @@ def load(source: str, seed: int) -> tuple[Pairs, Pairs]:
     if source == "glue":
         return _glue()
     if source == "python-docs":
-        train, dev = docs_pairs(seed)
-        return Pairs(*map(list, zip(*train, strict=True))), Pairs(*map(list, zip(*dev, strict=True)))
+        return docs_pairs(seed)
     raise ValueError(f"data {source!r}: no such folder{did_you_mean(source, NAMED)} (give a folder with train.tsv and "
                      f"dev.tsv, or {' or '.join(NAMED)})")
 
@@ -149,8 +133,9 @@ class Rows:
     def batch(self, rows: list[int]) -> Batch:
         ids = _padded([self.ids[n] for n in rows], self.pad)
         lengths = torch.tensor([len(self.ids[n]) for n in rows])
-        return Batch(rows, ids, _padded([self.segments[n] for n in rows], 0), torch.arange(ids.shape[1]) < lengths[:, None],
-                     torch.tensor([self.labels[n] for n in rows]))
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        labels = torch.tensor([self.labels[n] for n in rows])
+        return Batch(rows, ids, _padded([self.segments[n] for n in rows], 0), real, labels)
 
     def batches(self, size: int, order: torch.Generator | None = None) -> Iterator[Batch]:
         """Every row once, rows of like length together: drawn from `order`, or the shortest first without one."""
@@ -165,9 +150,10 @@ class Rows:
         return map(self.batch, cuts)
 
 
-def tokenize(tokenizer, pairs: Pairs, length: int) -> Rows:
+def tokenize(tokenizer, pairs: list[Pair], length: int) -> Rows:
     """`[CLS] question [SEP] sentence [SEP]` in at most `length` tokens, the longer of the two cut first."""
     # Both said outright: some folders store truncation and padding (all-MiniLM-L6-v2: 128) that would act in silence.
-    encoded = tokenizer(pairs.questions, pairs.sentences, truncation="longest_first", max_length=length, padding=False,
-                        return_token_type_ids=True, return_attention_mask=False)
-    return Rows(encoded["input_ids"], encoded["token_type_ids"], pairs.labels, tokenizer.pad_token_id or 0)
+    encoded = tokenizer([pair.question for pair in pairs], [pair.sentence for pair in pairs], padding=False,
+                        truncation="longest_first", max_length=length, return_token_type_ids=True)
+    labels = [pair.label for pair in pairs]
+    return Rows(encoded["input_ids"], encoded["token_type_ids"], labels, tokenizer.pad_token_id or 0)

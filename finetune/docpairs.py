@@ -6,6 +6,7 @@ neither text alone says anything about the answer.
 """
 
 import re
+from typing import NamedTuple
 
 import torch
 
@@ -19,16 +20,23 @@ TEMPLATES = (
     "In {module}, what is the purpose of {words}?",
     "What happens when {name} of {module} is called?",
     "When would one use {words} from {module}?",
-    "How is the function {name} of the module {module} described?",
+    "How is the function {name} of {module} described?",
     "Which job has {words} in {module}?",
 )
-Row = tuple[str, str, int]
+
+
+class Pair(NamedTuple):
+    """A row of QNLI; label 0 is entailment: the sentence answers the question."""
+
+    question: str
+    sentence: str
+    label: int
 
 
 def _words(name: str) -> str:
     """`JSONEncoder.iter_encode` -> `iter encode of JSON Encoder`."""
-    parts = [re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", part).strip() for part in name.split(".")]
-    return " of ".join(reversed(parts))
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|_+", " ", name)
+    return " of ".join(part.strip() for part in reversed(words.split(".")))
 
 
 def package(module: str) -> str:
@@ -37,30 +45,30 @@ def package(module: str) -> str:
 
 
 def _modules() -> dict[str, list[Doc]]:
-    """The functions documented and public by name, each first sentence met once, of modules with at least two."""
+    """The functions documented and public by name, of modules with at least two; each name and first sentence once."""
     modules: dict[str, list[Doc]] = {}
     seen: set[str] = set()
     for doc in docstrings():
-        sentence = doc.sentences[0].casefold()
-        if doc.kind == "function" and not re.search(r"(^|\.)_", doc.name) and sentence not in seen:
-            seen.add(sentence)
+        once = {doc.sentences[0].casefold(), f"{doc.module}.{doc.name}"}  # a property and its setter share a name
+        if doc.kind == "function" and not re.search(r"(^|\.)_", doc.name) and not once & seen:
+            seen |= once
             modules.setdefault(doc.module, []).append(doc)
     return {module: docs for module, docs in sorted(modules.items()) if len(docs) > 1}
 
 
-def _rows(docs: list[Doc], order: torch.Generator) -> list[Row]:
+def _rows(docs: list[Doc], order: torch.Generator) -> list[Pair]:
     """Two rows a function: its own sentence, and that of the next one in a drawn ring."""
     ring = [docs[n] for n in torch.randperm(len(docs), generator=order).tolist()]
     rows = []
     for doc, other in zip(ring, ring[1:] + ring[:1], strict=True):
         template = TEMPLATES[torch.randint(len(TEMPLATES), (), generator=order)]
         question = template.format(name=doc.name, module=doc.module, words=_words(doc.name))
-        rows += [(question, doc.sentences[0], 0), (question, other.sentences[0], 1)]
+        rows += [Pair(question, doc.sentences[0], 0), Pair(question, other.sentences[0], 1)]
     return rows
 
 
-def docs_pairs(seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, dev rows) of (question, sentence, 0 for entailment or 1): some 7,300 and 800 on CPython 3.11.
+def docs_pairs(seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Training and dev rows, some 7,300 and 800 on CPython 3.11.
 
     The split is by top package (`email.message` goes where `email.parser` goes): none is in both.
     """
@@ -74,7 +82,7 @@ def docs_pairs(seed: int) -> tuple[list[Row], list[Row]]:
         if sizes[names[n]] <= room:  # a large package (tkinter) that does not fit stays in training
             dev.add(names[n])
             room -= sizes[names[n]]
-    splits: tuple[list[Row], list[Row]] = ([], [])
+    splits: tuple[list[Pair], list[Pair]] = ([], [])
     for module, docs in modules.items():
         splits[package(module) in dev].extend(_rows(docs, order))
     return splits

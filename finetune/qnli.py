@@ -26,7 +26,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
                         help="model folder or hub name; fine-tuned first unless it is a QNLI model already")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="folder from general distillation, or "
                         "any BERT-like model")
-    parser.add_argument("--data", default="glue", help="glue, python-docs, or a folder with GLUE's train.tsv and dev.tsv")
+    parser.add_argument("--data", default="glue", help="glue, python-docs, or a folder with train.tsv and dev.tsv")
     parser.add_argument("--out", default="runs/qnli", help="gets teacher/, layers/, student/, report.md, report.json")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout, new weights and python-docs' split")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")

@@ -1,45 +1,47 @@
 """What the run reached: a table to print, report.md and report.json."""
 
 import json
+import math
 import platform
-import statistics
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch import nn
 
-from finetune.score import Score, agreement, ratio
+from finetune.data import Rows
+from finetune.score import predict, speeds
 
 SPEED_BATCH = 32  # rows beside each other when sentences/s are measured
-HEAD = ("model", "parameters", "accuracy", "of the teacher's", "agrees with it", f"sentences/s (batch {SPEED_BATCH})", "speed")
+HEAD = ("model", "parameters", "accuracy", "of the teacher's", "agrees with it", "sentences/s", "speed")
 
 
-def lines(scores: dict[str, Score], speed: dict[str, list[float]], teacher: str | None) -> list[dict]:
-    """A line of figures a model; what compares with the teacher is None where there is none."""
-    first = scores.get(teacher)
+def figures(models: dict[str, nn.Module], dev: Rows, teacher: str | None) -> list[dict]:
+    """A line a model in eval mode; what compares with the teacher is None where there is none."""
+    gold = torch.tensor(dev.labels)
+    said = {name: predict(model, dev) for name, model in models.items()}
+    share = {name: (labels == gold).double().mean().item() for name, labels in said.items()}
+    speed = speeds(models, dev, SPEED_BATCH)
     return [{
-        "model": name, "parameters": found.parameters, "accuracy": found.accuracy, "standard_error": found.error,
-        "of_teacher": found.accuracy / first.accuracy if first else None,
-        "agreement": agreement(found, first) if first else None,
-        "sentences_per_second": statistics.median(speed[name]),
-        "speed_ratio": ratio(speed[name], speed[teacher]) if first else None,
-    } for name, found in scores.items()]
+        "model": name, "parameters": sum(p.numel() for p in model.parameters()), "accuracy": share[name],
+        "standard_error": math.sqrt(share[name] * (1 - share[name]) / len(dev)),
+        "of_teacher": share[name] / max(share[teacher], 1e-9) if teacher else None,
+        "agreement": (said[name] == said[teacher]).double().mean().item() if teacher else None,
+        "sentences_per_second": median(speed[name]),
+        "speed_ratio": median(a / b for a, b in zip(speed[name], speed[teacher], strict=True)) if teacher else None,
+    } for name, model in models.items()]
 
 
-def table(figures: list[dict]) -> str:
-    """The lines as a Markdown table, padded so that it reads well in a terminal."""
-
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
+def table(models: list[dict]) -> str:
+    """The figures as a Markdown table, padded so that it reads well in a terminal."""
     cells = [HEAD] + [(
         f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}",
-        share(f["of_teacher"]), share(f["agreement"]), f"{f['sentences_per_second']:.0f}",
-        "" if f["speed_ratio"] is None else f"{f['speed_ratio']:.2f} x") for f in figures]
+        *("" if f[key] is None else f"{f[key]:.1%}" for key in ("of_teacher", "agreement")),
+        f"{f['sentences_per_second']:.0f}", f"{f['speed_ratio']:.2f} x" if f["speed_ratio"] else "") for f in models]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    rows = [[cell.ljust(width) if place == 0 else cell.rjust(width)
-             for place, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in cells]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def device_line(device: torch.device) -> str:
@@ -48,13 +50,23 @@ def device_line(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32"
 
 
+def written(out: Path, key: dict) -> str | None:
+    """The text of report.md, if report.json beside it was made from `key`."""
+    try:
+        same = json.loads((out / "report.json").read_text(encoding="utf-8"))["made_from"] == key
+        return (out / "report.md").read_text(encoding="utf-8") if same else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
 def write(out: Path, report: dict) -> str:
     """report.md, then report.json, each whole or not at all; gives the text of report.md."""
     text = (f"# QNLI\n\n{table(report['models'])}\n\n"
             f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
             f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. "
-            f"Speed: medians of interleaved rounds on {report['device']}; a sentence is a whole question/sentence row.\n")
-    for name, content in (("report.md", text), ("report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")):
+            f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
+            f"{report['device']}.\n")
+    for name, content in (("report.md", text), ("report.json", json.dumps(report, indent=2) + "\n")):
         part = out / f"{name}.part"
         part.write_text(content, encoding="utf-8")
         part.replace(out / name)

@@ -1,7 +1,7 @@
 """Every number that changes what a QNLI run learns.  Light to import: the command line reads it before torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from pretrain.recipe import did_you_mean
 
@@ -16,7 +16,7 @@ class Settings:
     batch: int = 32  # rows of an update
     warmup: float = 0.1  # share of the updates of a linear schedule
     weight_decay: float = 0.01  # not on bias and LayerNorm
-    clip: float = 1.0  # largest global gradient norm
+    clip: float = 1.0  # largest global gradient norm; 0: any
     teacher_lr: float = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
     teacher_epochs: int = 3
     min_teacher: float = 0.6  # a teacher below this dev accuracy is refused
@@ -33,23 +33,30 @@ class Settings:
     gold_epochs: int = 3
 
     def __post_init__(self):
-        at_least = dict.fromkeys(["rows", "batch"], 1) | dict.fromkeys(
-            ["warmup", "weight_decay", "clip", "teacher_lr", "teacher_epochs", "min_teacher", "layers_lr",
-             "layers_epochs", "embedding", "hidden", "attention", "predictions_lr", "predictions_epochs", "gold_lr",
-             "gold_epochs"], 0) | {"length": 8}  # 8: room for both texts beside the three special tokens
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: must be a number of at least {least}")
+        least = {"rows": 1, "batch": 1, "length": 8}  # 8: room for both texts beside the three special tokens
+        for name, value in asdict(self).items():
+            if isinstance(value, (int, float)) and not (value >= least.get(name, 0) and math.isfinite(value)):
+                raise ValueError(f"{name}={value}: must be a number of at least {least.get(name, 0)}")
         for name in ("warmup", "min_teacher"):
             if getattr(self, name) > 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, from 0 to 1")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature={self.temperature}: must be above 0")
+        if self.temperature == 0:
+            raise ValueError("temperature=0.0: must be above 0")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}{did_you_mean(getattr(self, name), known)} "
                                  f"(there are {', '.join(known)})")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {"embedding": self.embedding, "hidden": self.hidden, "attention": self.attention}
+
+    def rate(self, stage: str, step: int, steps: int) -> float:
+        """The learning rate of update `step` (from 0) of `steps`: linear up and down, constant for the layers."""
+        peak, warm = getattr(self, f"{stage}_lr"), round(self.warmup * steps)
+        if stage == "layers":
+            return peak
+        return peak * ((step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm))
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""

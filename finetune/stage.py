@@ -11,48 +11,49 @@ from pathlib import Path
 RECORD = "stage.json"
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a folder but its record, by name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != RECORD)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _record(folder: Path) -> dict | None:
-    """What stage.json says, if every file of the folder is what it was when it was written."""
+    """What stage.json says, where the folder's files are what they were when it was written."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        whole = all(_sum(folder / name) == wanted for name, wanted in record["files"].items())
+        return record if record["files"] == sums(folder) else None
     except (OSError, ValueError, KeyError):
         return None
-    return record if whole else None
 
 
 def _aside(folder: Path) -> Path:
     """Rename a folder to the first free of FOLDER.1, FOLDER.2, ...: nothing is deleted."""
-    number = next(n for n in range(1, 1_000_000) if not folder.with_name(f"{folder.name}.{n}").exists())
+    number = 1
+    while folder.with_name(f"{folder.name}.{number}").exists():
+        number += 1
     return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
-def _because(old: dict, new: dict) -> str:
-    changed = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" if len(str(new.get(name))) < 40 else f"other {name}"
-               for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return ", ".join(changed)
+def _changes(old: dict, new: dict) -> str:
+    """The inputs that differ: numbers with both values, sums of files by name alone."""
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    short = {n for n in changed if len(str(old.get(n))) < 40 and len(str(new.get(n))) < 40}
+    return ", ".join(f"{n} was {old.get(n)}, is {new.get(n)}" if n in short else f"another {n}" for n in changed)
 
 
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
-    """What `make(part)` gave, from now or from the run that made `folder` out of the same inputs.
+    """The record of a folder: from the run that made it out of these inputs, or made now.
 
-    `make` fills an empty folder beside it, which gets the name `folder` when all is written; stage.json in it holds
-    the inputs, the figures, the seconds, and the sha256 of each file.  Prints why it is skipped or made again.
+    `make(part)` fills an empty folder and gives its figures; the folder gets its name when all is written.  The record
+    (inputs, figures, seconds, sha256 of each file) is stage.json in it.  Prints why a stage is skipped or made again.
     """
     inputs = json.loads(json.dumps(inputs))  # as it will be read back
     record = _record(folder)
     if record and record["inputs"] == inputs:
         print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
         return record
-    why = ""
-    if folder.exists():
-        why = f", again ({_because(record['inputs'], inputs) if record else 'a file is missing or changed'})"
-    print(f"{folder.name}: makes {folder}{why}", flush=True)
+    why = _changes(record["inputs"], inputs) if record else "a file is missing or changed"
+    print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
@@ -60,17 +61,16 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
     try:
         figures = make(part)
     except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(part)
         raise
-    files = sorted(path for path in part.iterdir() if path.is_file())
-    record = {"inputs": inputs, "figures": figures, "seconds": round(time.monotonic() - started, 1),
-              "files": {path.name: _sum(path) for path in files}}
+    seconds = round(time.monotonic() - started, 1)
+    record = {"inputs": inputs, "figures": figures, "seconds": seconds, "files": sums(part)}
     (part / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in [*files, part / RECORD]:
+    for path in part.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():
         print(f"  the old one is now {_aside(folder)}")
     part.rename(folder)
-    print(f"  {folder.name}: done in {record['seconds']:.0f} s", flush=True)
+    print(f"  {folder.name}: done in {seconds:.0f} s", flush=True)
     return record

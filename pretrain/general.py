@@ -64,7 +64,7 @@ def resolve(given: argparse.Namespace) -> Plan:
     from transformers.utils import logging
 
     from pretrain.objective import layer_map
-    from shards.block import read_manifest
+    from shards.block import read_manifest, shard_path
 
     logging.set_verbosity_error()  # it reports at length on a pooler that is not used here
     logging.disable_progress_bar()
@@ -78,7 +78,10 @@ def resolve(given: argparse.Namespace) -> Plan:
             raise ValueError(f"student {name} is given twice")
         students[name] = shape
     manifest = read_manifest(Path(given.shards))
-    check_shards(Path(given.shards), manifest)
+    if not manifest.rows:
+        raise ValueError(f"{given.shards}: no training rows; build from more text")
+    for shard in manifest.shards + manifest.held_out:
+        shard_path(Path(given.shards), shard)  # there, in its full length; its sum is checked when it is read
 
     from pretrain.encoder import can_copy, check_tokenizer, model_config
     from pretrain.engine import device_type, read_engine_file
@@ -97,19 +100,6 @@ def resolve(given: argparse.Namespace) -> Plan:
         options=given, recipe=recipe.resolved(manifest.rows), students=students, inits=inits, engine=engine,
         layers={name: layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers) for name, shape in students.items()},
         engine_file=file, manifest=manifest, teacher_dtype=teacher_dtype(given.teacher_dtype), tokenizer=tokenizer)
-
-
-def check_shards(folder: Path, manifest) -> None:
-    """Every shard is there in its full length; sums are checked when a shard is read."""
-    if not manifest.rows:
-        raise ValueError(f"{folder}: no training rows; build from more text")
-    for shard in manifest.shards + manifest.held_out:
-        path = folder / shard.name
-        if not path.is_file():
-            raise ValueError(f"shard {path}: missing, but the manifest lists it; build the shards again or copy it back")
-        if path.stat().st_size != shard.bytes:
-            raise ValueError(f"shard {path}: {path.stat().st_size:,} bytes, but the manifest says {shard.bytes:,} "
-                             "(cut short or overwritten); build or copy it again")
 
 
 def default_engine() -> Path:

@@ -87,7 +87,7 @@ RECIPES = {"tinybert": Recipe()}
 
 
 def override(recipe, settings: Iterable[str]):
-    """`key=value` strings over a dataclass of settings.  ValueError says what was given, what is wrong, what to write."""
+    """`key=value` strings over a dataclass of settings.  ValueError says what was given and what to write."""
     hints = typing.get_type_hints(type(recipe))
     changes = {}
     for setting in settings:

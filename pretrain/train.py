@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import shutil
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor

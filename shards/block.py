@@ -138,17 +138,22 @@ def read_blocks(data: bytes, name: str) -> Iterator[Block]:
         raise ValueError(f"shard {name}: not readable as blocks of rows ({error})") from error
 
 
+def shard_path(folder: Path, shard: Shard) -> Path:
+    """Where a listed shard lies, in its full length.  ValueError names it where it is missing or cut."""
+    path = folder / shard.name
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        raise ValueError(f"shard {path}: missing, but the manifest lists it; build the shards again or copy it back")
+    if size != shard.bytes:
+        raise ValueError(f"shard {path}: {size:,} bytes, but the manifest says {shard.bytes:,} "
+                         "(cut short or overwritten); build or copy it again")
+    return path
+
+
 def read_shard(folder: Path, shard: Shard) -> Block:
     """All rows of one shard, its sum checked first.  ValueError names the shard."""
-    path = folder / shard.name
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"shard {path}: missing; the manifest lists it with {shard.rows:,} rows. "
-                         "Build the shards again, or copy the file back") from None
-    if len(data) != shard.bytes:
-        raise ValueError(f"shard {path}: {len(data):,} bytes, but the manifest says {shard.bytes:,} "
-                         "(cut short or overwritten); build or copy it again")
+    path = shard_path(folder, shard)
+    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ValueError(f"shard {path}: its sha256 is not the manifest's (damaged bytes); build or copy it again")
     block = Block.joined(list(read_blocks(data, str(path))))

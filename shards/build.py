@@ -109,7 +109,7 @@ def _make_shard(task: tuple) -> tuple:
 
     def counted():
         for part in pairs.make_blocks(store, rows, vocabulary, for_masks, row_length=settings.row_length,
-                                       mask_sets=settings.mask_sets, whole_word=settings.masking == "whole-word"):
+                                      mask_sets=settings.mask_sets, whole_word=settings.masking == "whole-word"):
             counts["masked_tokens"] += len(part.mask_positions)
             yield part
 

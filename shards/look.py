@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.block import Block, Manifest, Shard, read_manifest, read_shard
+from shards.stream import Decoded
 
 
 def summary(folder: Path, manifest: Manifest) -> str:
@@ -78,16 +79,16 @@ def show_row(folder: Path, manifest: Manifest, place: str, mask_set: int, tokeni
         raise ValueError(f"tokenizer {vocabulary.name}: not the one of these shards (its fingerprint differs); give "
                          f"--tokenizer with the vocabulary of {manifest.tokenizer['name']}")
     block, row = read_shard(folder, shard), int(number)
-    start, length = int(block.lengths[:row].sum(dtype=np.int64)), int(block.lengths[row])
-    ids = block.ids[start:start + length].astype(np.int64)
-    counts = block.mask_counts.ravel().astype(np.int64)
-    begin = counts[:mask_set * shard.rows + row].sum()
-    where = block.mask_positions[begin:begin + counts[mask_set * shard.rows + row]].astype(np.int64)
-    shown = ids.copy()
-    shown[where] = block.mask_ids[begin:begin + len(where)]
+    decoded = Decoded(block)
+    ids, first = decoded.row(row, None)
+    shown, _ = decoded.row(row, mask_set)
+    where = decoded.masked(row, mask_set)[0].tolist()
     names = Tokenizer.from_str(vocabulary.json)
     text = [names.id_to_token(int(i)) for i in ids]
-    first, decode = int(block.first[row]), lambda part: names.decode(part.tolist(), skip_special_tokens=False)
+
+    def decode(part: np.ndarray) -> str:
+        return names.decode(part.tolist(), skip_special_tokens=False)
+
     changes = [f"{p}: {text[p]} -> {names.id_to_token(int(shown[p]))}" for p in where]
     label = "one segment" if first == len(ids) else "random B" if block.is_random[row] else "B follows A"
     return "\n".join([f"{shard.name} row {row}: {len(ids)} tokens, {label}", f"A       {decode(ids[:first])}",

@@ -79,7 +79,7 @@ class Stream:
         self.mine = cells[(cells % lanes) % world == rank]
         self.sizes = tuple(shard.rows for shard in manifest.shards)
         self.first_row = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.decoded: dict[tuple[int, int], _Decoded] = {}  # (pass, shard) ->
+        self.decoded: dict[tuple[int, int], Decoded] = {}  # (pass, shard) ->
 
     def rows_at(self, j: int) -> list[tuple[int, int, int]]:
         """This rank's rows of the global batch that begins with row j: (pass, shard, row in the shard)."""
@@ -92,12 +92,12 @@ class Stream:
             slot = int(np.searchsorted(begins, place, side="right")) - 1
             yield epoch, int(order[slot]), place - int(begins[slot])
 
-    def _shard(self, epoch: int, shard: int) -> "_Decoded":
+    def _shard(self, epoch: int, shard: int) -> "Decoded":
         found = self.decoded.get((epoch, shard))
         if found is None:
             same = next((d for (_, s), d in self.decoded.items() if s == shard), None)
             block = same.block if same else self.read(self.manifest.shards[shard])
-            found = _Decoded(block, row_order(self.seed, epoch, shard, self.sizes[shard]))
+            found = Decoded(block, row_order(self.seed, epoch, shard, self.sizes[shard]))
             self.decoded[epoch, shard] = found
         return found
 
@@ -130,7 +130,7 @@ def micro_rows(share: int, most: int) -> int:
     return min(share, most)
 
 
-class _Decoded:
+class Decoded:
     """A shard in memory: where each row's tokens and masks begin."""
 
     def __init__(self, block: Block, order: np.ndarray | None = None):
@@ -138,18 +138,22 @@ class _Decoded:
         self.begins = np.concatenate([[0], np.cumsum(block.lengths, dtype=np.int64)])
         self.mask_begins = np.concatenate([[0], np.cumsum(block.mask_counts.ravel(), dtype=np.int64)])
 
+    def masked(self, number: int, mask_set: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's masked positions in one set, and the ids that stand there."""
+        at = mask_set * self.block.rows + number
+        span = slice(self.mask_begins[at], self.mask_begins[at + 1])
+        return self.block.mask_positions[span], self.block.mask_ids[span]
+
     def row(self, number: int, mask_set: int | None) -> tuple[np.ndarray, int]:
         """One row's ids (masked with that set, or as they are) and the length of its segment 0."""
-        block = self.block
-        ids = block.ids[self.begins[number]:self.begins[number + 1]].astype(np.int64)
+        ids = self.block.ids[self.begins[number]:self.begins[number + 1]].astype(np.int64)
         if mask_set is not None:
-            at = mask_set * block.rows + number
-            span = slice(self.mask_begins[at], self.mask_begins[at + 1])
-            ids[block.mask_positions[span]] = block.mask_ids[span]
-        return ids, int(block.first[number])
+            positions, shown = self.masked(number, mask_set)
+            ids[positions] = shown
+        return ids, int(self.block.first[number])
 
 
-def pad(rows: list[tuple[_Decoded, int, int | None, int]], pad_id: int) -> Batch:
+def pad(rows: list[tuple[Decoded, int, int | None, int]], pad_id: int) -> Batch:
     """(shard, row in it, mask set or None, row's number in the manifest) -> one padded batch."""
     parts = [shard.row(row, mask_set) for shard, row, mask_set, _ in rows]
     length = -(-max(len(ids) for ids, _ in parts) // 8) * 8
@@ -167,7 +171,7 @@ def held_out_batches(manifest: Manifest, read: Callable[[Shard], Block], *, most
     """This rank's share of the first `most` held-out rows, in micro batches; mask set 0 where the stream masks."""
     rows = []
     for shard in manifest.held_out:
-        decoded = _Decoded(read(shard))
+        decoded = Decoded(read(shard))
         rows += [(decoded, r, 0 if mask == "precomputed" else None, r) for r in range(shard.rows)][:most - len(rows)]
     mine = sorted(rows[rank::world], key=lambda row: int(row[0].block.lengths[row[1]]))
     return [pad(mine[at:at + micro], manifest.tokenizer["pad"]) for at in range(0, len(mine), micro)]

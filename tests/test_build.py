@@ -119,7 +119,7 @@ def test_no_worker_loads_torch():
 @pytest.mark.parametrize("damage, says", [
     (lambda data: data[:-600], "bytes, but the manifest says"),
     (lambda data: data[:5000] + bytes([data[5000] ^ 1]) + data[5001:], "sha256 is not the manifest's"),
-    (None, "missing; the manifest lists it"),
+    (None, "missing, but the manifest lists it"),
 ])
 def test_look_verifies_and_names_the_bad_shard(built, capsys, damage, says):
     assert look.main([str(built), "--verify"]) == 0
