@@ -101,7 +101,8 @@ def fit(model: nn.Module, loss: Loss, rows: Rows, settings: Settings, stage: str
             model.eval()
             curve.append({"epoch": epoch + 1, "loss": mean, **measure()})
             said = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in curve[-1].items())
-            bar.write(f"  {stage}: {said} (of {epochs} epochs)", file=sys.stdout)
+            bar.clear()
+            print(f"  {stage}: {said} (of {epochs} epochs)", flush=True)
             if best and curve[-1][best] > max((past[best] for past in curve[:-1]), default=-math.inf):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
     if kept is not None:

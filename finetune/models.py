@@ -59,7 +59,8 @@ def open_classifier(name: str, seed: int, dtype: torch.dtype = torch.float32) ->
             model = AutoModelForSequenceClassification.from_pretrained(
                 name, config=config, dtype=dtype, attn_implementation=ATTENTION, ignore_mismatched_sizes=names is None)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"model {name!r}: does not open as a classifier ({str(error).splitlines()[0]})") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"model {name!r}: does not open as a classifier ({reason})") from error
     if names and names != UNNAMED:
         reorder(model, [names.index(label) for label in LABELS])
     return model

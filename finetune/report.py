@@ -50,24 +50,27 @@ def device_line(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32"
 
 
-def written(out: Path, key: dict) -> str | None:
-    """The text of report.md, if report.json beside it was made from `key`."""
+def read(out: Path) -> dict:
+    """What report.json says; empty where it is not there or not whole."""
     try:
-        same = json.loads((out / "report.json").read_text(encoding="utf-8"))["made_from"] == key
-        return (out / "report.md").read_text(encoding="utf-8") if same else None
-    except (OSError, ValueError, KeyError):
-        return None
+        return json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
-def write(out: Path, report: dict) -> str:
-    """report.md, then report.json, each whole or not at all; gives the text of report.md."""
-    text = (f"# QNLI\n\n{table(report['models'])}\n\n"
+def text(report: dict) -> str:
+    """report.md."""
+    return (f"# QNLI\n\n{table(report['models'])}\n\n"
             f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
             f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. "
             f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
             f"{report['device']}.\n")
-    for name, content in (("report.md", text), ("report.json", json.dumps(report, indent=2) + "\n")):
+
+
+def write(out: Path, report: dict) -> str:
+    """report.md, then report.json, each whole or not at all; gives the text of report.md."""
+    for name, content in (("report.md", text(report)), ("report.json", json.dumps(report, indent=2) + "\n")):
         part = out / f"{name}.part"
         part.write_text(content, encoding="utf-8")
         part.replace(out / name)
-    return text
+    return text(report)

@@ -47,10 +47,6 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)!r}{did_you_mean(getattr(self, name), known)} "
                                  f"(there are {', '.join(known)})")
 
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"embedding": self.embedding, "hidden": self.hidden, "attention": self.attention}
-
     def rate(self, stage: str, step: int, steps: int) -> float:
         """The learning rate of update `step` (from 0) of `steps`: linear up and down, constant for the layers."""
         peak, warm = getattr(self, f"{stage}_lr"), round(self.warmup * steps)

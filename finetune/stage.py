@@ -1,6 +1,7 @@
 """A stage's folder: made once, whole or not at all."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -24,14 +25,6 @@ def _record(folder: Path) -> dict | None:
         return record if record["files"] == sums(folder) else None
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _aside(folder: Path) -> Path:
-    """Rename a folder to the first free of FOLDER.1, FOLDER.2, ...: nothing is deleted."""
-    number = 1
-    while folder.with_name(f"{folder.name}.{number}").exists():
-        number += 1
-    return folder.rename(folder.with_name(f"{folder.name}.{number}"))
 
 
 def _changes(old: dict, new: dict) -> str:
@@ -69,8 +62,9 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
     for path in part.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    if folder.exists():
-        print(f"  the old one is now {_aside(folder)}")
+    if folder.exists():  # nothing is deleted
+        free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+        print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
     part.rename(folder)
     print(f"  {folder.name}: done in {seconds:.0f} s", flush=True)
     return record

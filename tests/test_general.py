@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.general import options, resolve
 from pretrain.recipe import RECIPES, Recipe, override, parse_student
@@ -82,7 +83,6 @@ NAMES = (SMALL.replace(":", "-").replace(",", "-").replace("=", "-"), SAME.repla
 
 
 def test_what_a_run_leaves(two_ranks, one_rank):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from transformers import AutoModel, AutoTokenizer
 
     run = json.loads((two_ranks / "run.json").read_text())
@@ -119,6 +119,8 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two_ranks, inputs, tmp_pa
     assert sorted(after) == list(range(7))
     for step in before:
         assert learned(before[step]) == learned(after[step])
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.step for e in board.Scalars(f"{NAMES[0]}/loss")] == [1, 2, 3, 4, 5, 6]
     for name in NAMES:
         straight, resumed = weights(two_ranks, name), weights(out, name)
         assert all(torch.equal(straight[k], resumed[k]) for k in straight)
