@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from finetune.data import LABELS, Batch
 from finetune.stage import sums
 from pretrain.encoder import ATTENTION, model_config
-from shards.tokenizer import auto_tokenizer, fingerprint
+from shards.tokenizer import auto_tokenizer, fingerprint, plain
 
 UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
 
@@ -99,8 +99,4 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 def save(model: nn.Module, tokenizer, folder: Path) -> None:
     """A folder that transformers opens by itself, the tokenizer with no truncation or padding stored in it."""
     model.save_pretrained(folder)  # transformers leaves the attention's name out of config.json
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(key, None)  # what other programs left in tokenizer_config.json
-    tokenizer.save_pretrained(folder)
+    plain(tokenizer).save_pretrained(folder)

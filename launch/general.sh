@@ -9,7 +9,7 @@
 ''':'
 case " $* " in *" --help "* | *" -h "*) exec python "$0" "$@" ;; esac
 if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
-exec deepspeed --log_level warning ${DS_ARGS-} "$0" "$@"
+exec deepspeed --log_level error ${DS_ARGS-} "$0" "$@"
 : <<'# end of Python'
 '''
 import os

@@ -69,8 +69,18 @@ def _begins_word(tokens: list[str], model: dict) -> np.ndarray:
     return best if best.any() else np.ones(len(tokens), bool)  # a vocabulary of whole words marks nothing
 
 
+def plain(tokenizer):
+    """The same tokenizer without stored truncation and padding (all-MiniLM-L6-v2's: 128), so that it saves none either."""
+    if getattr(tokenizer, "is_fast", False):
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)  # what other programs left in tokenizer_config.json
+    return tokenizer
+
+
 def auto_tokenizer(name: str):
-    """The transformers tokenizer of a folder (never over the network) or of a hub name."""
+    """The transformers tokenizer of a folder (never over the network) or of a hub name, plain."""
     folder = Path(name).expanduser()
     if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists()):
         raise ValueError(f"tokenizer {name}: no such folder; give a folder that holds tokenizer.json, "
@@ -79,8 +89,8 @@ def auto_tokenizer(name: str):
 
     try:
         if folder.is_dir():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return AutoTokenizer.from_pretrained(name)
+            return plain(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
+        return plain(AutoTokenizer.from_pretrained(name))
     except Exception as error:  # transformers lets errors of a dozen types through, most with many lines
         reason = str(error).strip().split("\n")[0][:200]
         wrong = "holds no tokenizer" if folder.is_dir() else "no such folder, nor a hub name that can be reached"

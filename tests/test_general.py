@@ -304,6 +304,17 @@ def test_another_tokenizer_is_refused(inputs, teacher_folder, tmp_path):
         resolve(options([*inputs, "--teacher", str(other)]))
 
 
+def test_an_exported_tokenizer_neither_cuts_nor_pads(tmp_path):
+    """all-MiniLM-L6-v2 stores a truncation of 128, which a student must not inherit."""
+    from conftest import save_tokenizer
+
+    from shards.tokenizer import auto_tokenizer
+
+    auto_tokenizer(str(save_tokenizer(tmp_path / "given", truncation=8))).save_pretrained(tmp_path / "student")
+    stored = json.loads((tmp_path / "student/tokenizer.json").read_text())
+    assert stored["truncation"] is None and stored["padding"] is None
+
+
 def test_the_rate_rises_and_falls_by_the_step_number():
     recipe = override(RECIPES["tinybert"], ["steps=10", "warmup=2", "lr=1.0"])
     assert [round(recipe.rate(step), 3) for step in range(10)] == [0.5, 1.0, 1.0, .875, .75, .625, .5, .375, .25, .125]
