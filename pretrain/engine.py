@@ -29,6 +29,10 @@ KNOWN = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", 
          "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger", "wall_clock_breakdown",
          "memory_breakdown", "dump_state", "flops_profiler", "aio", "compile", "zero_force_ds_cpu_optimizer",
          "torch_autocast", "disable_python_gc", "log_level")
+PLAIN = {  # sections that DeepSpeed reads key by key, the rest of them in silence too
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+}
 SECTIONS = {  # sections whose keys DeepSpeed's own models know
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
     "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
@@ -46,35 +50,51 @@ def read_engine_file(path: Path, device_type: str) -> dict:
         config = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"--engine {path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--engine {path}: holds no JSON object; write {{...}} as in ds_configs/cpu.json")
     for key in config:
         if key in OWNED:
             raise ValueError(f"--engine {path}: {key!r} does not belong there; write it in {OWNED[key]}")
         if key not in KNOWN:
             raise ValueError(f"--engine {path}: DeepSpeed would ignore {key!r} in silence{did_you_mean(key, KNOWN)}")
-    for name, (module, model) in SECTIONS.items():
+    for name in (*SECTIONS, *PLAIN):
         if name in config:
-            _check_section(path, name, config[name], getattr(importlib.import_module(module), model))
+            _check_section(path, name, config[name])
     stage = config.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2):
         raise ValueError(f"--engine {path}: zero_optimization.stage is {stage}; write 2 (or 1): the students are small, "
                          "and stage 3 does not go with a teacher beside them")
-    if not isinstance(config.get("train_micro_batch_size_per_gpu"), int):
-        raise ValueError(f"--engine {path}: needs train_micro_batch_size_per_gpu, the most rows held at once")
-    if device_type == "cpu" and (config.get("fp16", {}).get("enabled") or "offload_optimizer" in config["zero_optimization"]):
+    micro = config.get("train_micro_batch_size_per_gpu")
+    if not isinstance(micro, int) or micro < 1:
+        raise ValueError(f"--engine {path}: needs train_micro_batch_size_per_gpu, the most rows held at once, 1 or more")
+    if device_type == "cpu" and (precision(config) == "fp16" or offloads(config)):
         raise ValueError(f"--engine {path}: fp16 and offload need a GPU, and there is none here; use ds_configs/cpu.json")
     return config
 
 
-def _check_section(path: Path, name: str, section: dict, model) -> None:
-    known = set(model.model_fields) | {f.alias for f in model.model_fields.values() if f.alias}
+def _check_section(path: Path, name: str, section: dict) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"--engine {path}: {name} is {section!r}; write a JSON object, such as {{}}")
+    model = getattr(importlib.import_module(SECTIONS[name][0]), SECTIONS[name][1]) if name in SECTIONS else None
+    known = PLAIN.get(name) or {*model.model_fields, *(f.alias for f in model.model_fields.values() if f.alias)}
     for key in section:
         if key not in known:
             raise ValueError(f"--engine {path}: {name} has no {key!r}{did_you_mean(key, known)}")
     try:
-        model(**section)
+        if model:
+            model(**section)
     except ValueError as error:  # pydantic's is one
         first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": error}
         raise ValueError(f"--engine {path}: {name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def precision(config: dict) -> str:
+    return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
+
+
+def offloads(config: dict) -> bool:
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -86,7 +106,7 @@ class Ranks:
     device: torch.device
     talk: dist.ProcessGroup  # gloo, for what is on the CPU
 
-    def agree(self, error: ValueError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Every rank calls it at the same point; where one has an error all raise it, so that none is left waiting."""
         wrong = torch.tensor(error is not None, dtype=torch.int32)
         dist.all_reduce(wrong, dist.ReduceOp.MAX, group=self.talk)
@@ -98,10 +118,8 @@ class Ranks:
 
 
 def device_type() -> str:
-    """`cuda` or `cpu`, told to DeepSpeed too, which would warn that it had to guess."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    return kind
+    """`cuda` or `cpu`: DS_ACCELERATOR's where it is set, else told to DeepSpeed, which would warn that it had to guess."""
+    return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def join() -> Ranks:
@@ -114,6 +132,10 @@ def join() -> Ranks:
     # Only inference uses this op, and DeepSpeed would compile it at start: 30 to 70 s, or an error without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
+        tasks = os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
+        if tasks != "1":
+            raise ValueError(f"{tasks} tasks were started, but RANK is not set in them, so each would be a run of its own; "
+                             "start one task a node with deepspeed launch/general.sh ..., or torchrun")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -148,7 +170,7 @@ class Engine:
         kept = [p for n, p in student.named_parameters() if _undecayed(n)]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         adam = torch.optim.AdamW
-        if "offload_optimizer" in config["zero_optimization"]:
+        if offloads(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
         optimizer = adam(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
         whole = {**config, "train_batch_size": recipe.batch, "train_micro_batch_size_per_gpu": micro,
@@ -196,12 +218,8 @@ def _undecayed(name: str) -> bool:
     return name.endswith("bias") or "LayerNorm" in name
 
 
-def precision(config: dict) -> str:
-    return next((kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled")), "fp32")
-
-
 def machine(config: dict, world: int) -> dict:
     """What a checkpoint's files depend on besides the recipe."""
     zero = config["zero_optimization"]
     return {"ranks": world, "zero_stage": zero["stage"], "precision": precision(config),
-            "offload": "offload_optimizer" in zero}
+            "offload": offloads(config)}

@@ -2,10 +2,16 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pretrain.engine import Ranks
 from shards.block import written_whole
 
 
@@ -17,8 +23,6 @@ class Monitor:
     """
 
     def __init__(self, out: Path, *, first: int, steps: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.lines = out / "metrics.jsonl"
         kept = [line for line in self._read() if first and json.loads(line)["step"] <= first]
         with written_whole(self.lines) as file:
@@ -59,3 +63,29 @@ def say(rank: int, text: str) -> None:
     """A decision and its reason, once for all ranks, without breaking the progress bar."""
     if rank == 0:
         tqdm.write(text, file=sys.stderr)
+
+
+class Window:
+    """Figures of the steps since the last logged one, summed on the device and fetched once."""
+
+    def __init__(self, ranks: Ranks):
+        self.ranks, self.sums = ranks, {}
+        self.begin, self.waited = time.perf_counter(), 0.0
+        self.rows = self.tokens = self.steps = 0
+
+    def add(self, student: str, terms: dict[str, Tensor], loss: Tensor, micro_batches: int) -> None:
+        values = torch.stack([v.detach().mean() for v in terms.values()] + [loss.detach()]).double() / micro_batches
+        names, before = self.sums.get(student, ((*terms, "loss"), 0.0))
+        self.sums[student] = (names, before + values)
+
+    def means(self, named) -> dict[str, float]:
+        """Every student's loss and terms, rates over all ranks, and the share of time spent waiting for rows."""
+        seconds = time.perf_counter() - self.begin
+        parts = [values / (self.steps * self.ranks.world) for _, values in self.sums.values()]
+        count = torch.tensor([self.rows, self.tokens, self.waited / seconds / self.ranks.world], dtype=torch.float64)
+        together = torch.cat([*parts, count.to(self.ranks.device)])
+        dist.all_reduce(together)
+        fetched = iter(together.tolist())
+        figures = {named(student, name): next(fetched) for student, (names, _) in self.sums.items() for name in names}
+        rows, tokens, waited = fetched
+        return figures | {"rows/s": rows / seconds, "tokens/s": tokens / seconds, "data_wait": waited}

@@ -110,12 +110,13 @@ def _read(key: str, text: str, kind, example):
         return kind(text.replace("_", "") if kind is int else text)
     except ValueError:
         name = getattr(kind, "__name__", "two numbers")
+        example = 100 if example is None else example
         raise ValueError(f"{key}: cannot read {text!r} as {name}; write {key}={example}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A student's size.  Named ones are in SHAPES; `name:layers=3,hidden=256` changes some numbers."""
+    """A student's size.  Named ones are in SHAPES; `name:layers=3,hidden=288` changes some numbers."""
 
     layers: int
     hidden: int
@@ -141,11 +142,11 @@ SHAPES = {
 
 
 def parse_student(spec: str) -> tuple[str, Shape]:
-    """`tiny4` or `tiny4:layers=3,hidden=256` -> (a name fit for a folder, its shape)."""
+    """`tiny4` or `tiny4:layers=3,hidden=288` -> (a name fit for a folder, its shape)."""
     name, _, numbers = spec.partition(":")
     if name not in SHAPES:
         raise ValueError(f"unknown student {name!r}{did_you_mean(name, SHAPES)} (there are {', '.join(SHAPES)}; change "
-                         "one with NAME:layers=3,hidden=256)")
+                         "one with NAME:layers=3,hidden=288)")
     known = [field.name for field in fields(Shape)]
     changes = {}
     for part in filter(None, numbers.split(",")):

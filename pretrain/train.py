@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -16,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.encoder import build_student, load_teacher, trace
+from pretrain.encoder import build_student, check_trace, load_teacher, trace
 from pretrain.engine import Engine, Ranks, machine
 from pretrain.export import export
-from pretrain.general import Plan
-from pretrain.monitor import Monitor, say
+from pretrain.monitor import Monitor, Window, say
 from pretrain.objective import distil, weighted
+from pretrain.plan import Plan
 from shards.block import read_shard, written_whole
 from shards.stream import Batch, Stream, held_out_batches, micro_rows
 
@@ -36,17 +37,31 @@ class Run:
         self.plan, self.ranks, self.recipe = plan, ranks, plan.recipe
         self.out = Path(plan.options.out)
         self.most = plan.engine["train_micro_batch_size_per_gpu"]  # the most rows held at once
-        error = None
-        try:
-            self._open_shards()
-        except ValueError as caught:
-            error = caught
-        ranks.agree(error)
-        self._open_out()
-        self.teacher = load_teacher(plan.options.teacher, DTYPES[plan.teacher_dtype], ranks.device)
-        self.engines = [self._engine(name) for name in plan.students]
+        self._together(self._open_shards)
+        self._together(self._load)
+        self._together(self._open_out)
         self.step = self._resume()
         self.monitor = Monitor(self.out, first=self.step, steps=self.recipe.steps) if ranks.rank == 0 else None
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Work that may fail on one rank: then all fail."""
+        error = None
+        try:
+            work()
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.ranks.agree(error)
+
+    def _load(self) -> None:
+        """The teacher, and the students in their engines.  Copied layers come from the teacher's float32 weights."""
+        plan, recipe = self.plan, self.recipe
+        self.teacher = load_teacher(plan.options.teacher, torch.float32, self.ranks.device)
+        self.teacher_is = _identity(self.teacher)
+        self.engines = [self._engine(name) for name in plan.students]
+        self.teacher.to(DTYPES[plan.teacher_dtype])
+        check_trace(self.teacher)
+        # A student's dropout: from (seed, rank), and from the checkpoint after a resume.
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{recipe.seed} dropout {self.ranks.rank}".encode()).digest()[:7], "big"))
 
     def _open_shards(self) -> None:
         plan, ranks, recipe = self.plan, self.ranks, self.recipe
@@ -65,7 +80,6 @@ class Run:
                 self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
                 say(0, f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
             self.out.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
 
     def _engine(self, name: str) -> Engine:
         shape, init = self.plan.students[name], self.plan.inits[name]
@@ -82,7 +96,7 @@ class Run:
         return {"recipe": json.loads(json.dumps(asdict(self.recipe))),
                 "students": {name: asdict(shape) for name, shape in self.plan.students.items()},
                 "shards": hashlib.sha256(sums.encode()).hexdigest(),
-                "teacher": hashlib.sha256(self.teacher.config.to_json_string().encode()).hexdigest(),
+                "teacher": self.teacher_is,
                 "machine": machine(self.plan.engine, self.ranks.world)}
 
     def _resume(self) -> int:
@@ -159,7 +173,7 @@ class Run:
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or self.step % every == 0
 
-    def _batches(self, coming: Future, window: "Window") -> list[Batch]:
+    def _batches(self, coming: Future, window: Window) -> list[Batch]:
         """What the thread read; a shard that one rank cannot read ends the run on all ranks."""
         begin, error, batches = time.perf_counter(), None, []
         try:
@@ -173,18 +187,19 @@ class Run:
     def _read(self, step: int) -> list[Batch]:
         return self.stream.batches(step * self.recipe.batch, self.most)
 
-    def _terms(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """One teacher pass, every student: each student's loss terms by row."""
+    def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
+        """One teacher pass, every student in turn: each one's loss terms by row."""
         ids, segments, real = (torch.from_numpy(x).to(self.ranks.device, non_blocking=True)
                                for x in (batch.ids, batch.segments, batch.real))
         mask = None if batch.real.all() else real
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
-        return [distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name]) for engine in self.engines]
+        for engine in self.engines:
+            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name])
 
-    def _update(self, batches: list[Batch], window: "Window") -> None:
+    def _update(self, batches: list[Batch], window: Window) -> None:
         for batch in batches:
-            for engine, terms in zip(self.engines, self._terms(batch), strict=True):
+            for engine, terms in self._terms(batch):
                 loss = weighted(terms, self.recipe.weights).mean()
                 engine.update(loss, self.step)
                 window.add(engine.name, terms, loss, len(batches))
@@ -192,7 +207,7 @@ class Run:
             window.tokens += batch.tokens
         window.steps += 1
 
-    def _figures(self, window: "Window") -> dict[str, float]:
+    def _figures(self, window: Window) -> dict[str, float]:
         """Means over the steps since the last logged one, and rates over all ranks.  A non-finite loss ends the run."""
         figures = {"rows": self.step * self.recipe.batch, **window.means(self._name), "lr": self.recipe.rate(self.step - 1)}
         for engine in self.engines:
@@ -224,9 +239,9 @@ class Run:
         names = self._term_names()
         sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         for batch in self.held_out:
-            values = [v for engine, terms in zip(self.engines, self._terms(batch), strict=True)
-                      for v in (*terms.values(), weighted(terms, self.recipe.weights))]
-            sums += torch.stack([v.double().sum() for v in values] + [torch.tensor(float(len(batch.ids)))]).cpu()
+            values = [v for _, terms in self._terms(batch) for v in (*terms.values(), weighted(terms, self.recipe.weights))]
+            sums[:-1] += torch.stack([v.double().sum() for v in values]).cpu()
+            sums[-1] += len(batch.ids)
         for engine in self.engines:
             engine.module.train()
         sums = self._sum_over_ranks(sums)
@@ -252,27 +267,9 @@ class Run:
         dist.barrier()
 
 
-class Window:
-    """Figures of the steps since the last logged one, summed on the device and fetched once."""
-
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.sums = ranks, {}
-        self.begin, self.waited = time.perf_counter(), 0.0
-        self.rows = self.tokens = self.steps = 0
-
-    def add(self, student: str, terms: dict[str, Tensor], loss: Tensor, micro_batches: int) -> None:
-        values = torch.stack([v.detach().mean() for v in terms.values()] + [loss.detach()]).double() / micro_batches
-        names, before = self.sums.get(student, ((*terms, "loss"), 0.0))
-        self.sums[student] = (names, before + values)
-
-    def means(self, named) -> dict[str, float]:
-        """Every student's loss and terms, rates over all ranks, and the share of time spent waiting for rows."""
-        seconds = time.perf_counter() - self.begin
-        parts = [values / (self.steps * self.ranks.world) for _, values in self.sums.values()]
-        count = torch.tensor([self.rows, self.tokens, self.waited / seconds / self.ranks.world], dtype=torch.float64)
-        together = torch.cat([*parts, count.to(self.ranks.device)])
-        dist.all_reduce(together)
-        fetched = iter(together.tolist())
-        figures = {named(student, name): next(fetched) for student, (names, _) in self.sums.items() for name in names}
-        rows, tokens, waited = fetched
-        return figures | {"rows/s": rows / seconds, "tokens/s": tokens / seconds, "data_wait": waited}
+def _identity(teacher: torch.nn.Module) -> str:
+    """Tells teachers apart by some of their float32 weights, wherever they lie."""
+    sha256 = hashlib.sha256()
+    for parameter in teacher.parameters():
+        sha256.update(parameter.detach().flatten()[:1024].cpu().numpy().tobytes())
+    return sha256.hexdigest()

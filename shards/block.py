@@ -153,7 +153,10 @@ def shard_path(folder: Path, shard: Shard) -> Path:
 def read_shard(folder: Path, shard: Shard) -> Block:
     """All rows of one shard, its sum checked first.  ValueError names the shard."""
     path = shard_path(folder, shard)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"shard {path}: cannot be read ({error.strerror})") from error
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         raise ValueError(f"shard {path}: its sha256 is not the manifest's (damaged bytes); build or copy it again")
     block = Block.joined(list(read_blocks(data, str(path))))
@@ -186,7 +189,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """ValueError says what is missing or wrong and what to run."""
     path = Path(folder) / "manifest.json"
-    make = f"make shards with: python -m shards.build SOURCE --tokenizer DIR_OR_NAME --out {folder}"
+    make = f"make shards with: python -m shards.build python-docs --tokenizer bert-base-uncased --out {folder}"
     if not path.exists():
         raise ValueError(f"no shards in {folder} ({path} is not there); {make}")
     try:

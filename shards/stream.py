@@ -171,6 +171,8 @@ def held_out_batches(manifest: Manifest, read: Callable[[Shard], Block], *, most
     """This rank's share of the first `most` held-out rows, in micro batches; mask set 0 where the stream masks."""
     rows = []
     for shard in manifest.held_out:
+        if len(rows) >= most:
+            break
         decoded = Decoded(read(shard))
         rows += [(decoded, r, 0 if mask == "precomputed" else None, r) for r in range(shard.rows)][:most - len(rows)]
     mine = sorted(rows[rank::world], key=lambda row: int(row[0].block.lengths[row[1]]))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, BertConfig, BertModel, DistilBertConfig, ElectraConfig, MPNetConfig, RobertaConfig
+from transformers import (AutoModel, BertConfig, BertModel, DistilBertConfig, ElectraConfig, ModernBertConfig, MPNetConfig,
+                          RobertaConfig)
 
 from pretrain.encoder import ATTENTION, build_student, can_copy, check_trace, load_teacher, trace
 from pretrain.objective import TERMS, distil, weighted
@@ -159,6 +160,28 @@ def test_a_teacher_is_loaded_without_dropout_and_gradients(tmp_path):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     a, b = (trace(teacher, *batch()).hidden[-1] for _ in range(2))
     assert torch.equal(a, b)
+
+
+def test_a_teacher_whose_file_lacks_layers_is_refused(tmp_path):
+    bert().save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 5'))
+    with pytest.raises(ValueError, match="its file lacks 32 tensors that its config.json asks for, such as encoder.layer.3"):
+        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_a_cut_weights_file_is_said(tmp_path):
+    bert().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="its weights do not open"):
+        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_a_teacher_with_windows_is_refused_by_name(tmp_path):
+    ModernBertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a modernbert model; its attention cannot be traced here"):
+        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name, says", [

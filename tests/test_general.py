@@ -12,7 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.general import options, resolve
+from pretrain.general import options
+from pretrain.plan import resolve
 from pretrain.recipe import RECIPES, Recipe, override, parse_student
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,6 +157,8 @@ def test_the_same_command_again_and_fresh(inputs, one_rank, tmp_path):
     launch(*arguments, "lr=2e-3", "--fresh")
     assert learned(metrics(tmp_path / "run.1")[6]) == learned(metrics(one_rank)[6]) != learned(metrics(out)[6])
     assert (tmp_path / "run.1/checkpoints/latest").exists()
+    launch(*arguments, "lr=3e-3", "--fresh")
+    assert learned(metrics(tmp_path / "run.2")[6]) != learned(metrics(out)[6])
 
 
 def test_the_literal_command(shards_folder, teacher_folder, tmp_path):
@@ -224,8 +227,11 @@ BAD = [
     (["layer_map=unifrom"], "layer_map='unifrom'; did you mean 'uniform'"),
     (["warmup=2.5"], "warmup=2.5: a share of the steps"),
     (["batch=10", "lanes=4"], "batch=10 does not divide over lanes=4; write a batch that is a multiple of it"),
+    (["--studnet", "tiny4"], "unrecognized arguments: --studnet.*see bash launch/general.sh --help"),
+    (["init=teacher", "--student", "tiny4"], "init=teacher needs the teacher's shape .*write init=random"),
     (["fast"], "'fast' is no setting; write key=value"),
     (["--teacher", "./no/such/teacher"], "model './no/such/teacher': no such folder"),
+    (["--teacher", "no-such-model"], "not a folder here, and the hub did not give it .*fetch it where there is a network"),
     (["--shards", "nowhere"], "no shards in nowhere .*make shards with: python -m shards.build"),
     (["--engine", "ds_configs/cpv.json"], "ds_configs/cpv.json: no such file; did you mean 'ds_configs/cpu.json'?"),
 ]
@@ -248,6 +254,9 @@ def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
     ({"zero_optimization": {"stage": 3}}, "stage is 3; write 2"),
     ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "has no 'overlap_com'; did you mean 'overlap_comm'"),
     ({"bf16": {"enabled": "perhaps"}}, "bf16.enabled: "),
+    ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types has no 'grad_acum_dtype'; did you mean 'grad_accum_dtype'"),
+    ({"zero_optimization": 2}, "zero_optimization is 2; write a JSON object"),
+    ({"train_micro_batch_size_per_gpu": 0}, "the most rows held at once, 1 or more"),
     ({"train_micro_batch_size_per_gpu": "many"}, "needs train_micro_batch_size_per_gpu"),
     pytest.param({"fp16": {"enabled": True}}, "need a GPU.*ds_configs/cpu.json",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
@@ -256,6 +265,20 @@ def test_an_engine_file_is_checked_key_by_key(content, says, inputs, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         resolve(options([*inputs, "--student", SMALL, "--engine", engine_file(tmp_path, **content)]))
     assert "\n" not in str(error.value)
+
+
+def test_biases_and_layer_norms_do_not_decay():
+    from transformers import BertConfig, BertModel
+
+    from pretrain.encoder import build_student
+    from pretrain.engine import _undecayed
+    from pretrain.recipe import Shape
+
+    teacher = BertModel(BertConfig(vocab_size=11, hidden_size=24, num_hidden_layers=2, num_attention_heads=12,
+                                   intermediate_size=48), add_pooling_layer=False)
+    student = build_student("s", Shape(layers=2, hidden=12, intermediate=24), teacher, [1, 2], init="random", seed=0)
+    for name, parameter in student.named_parameters():
+        assert _undecayed(name) == (parameter.ndim == 1), name
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "ds_configs").glob("*.json")))
@@ -320,6 +343,11 @@ def test_the_rate_rises_and_falls_by_the_step_number():
     assert [round(recipe.rate(step), 3) for step in range(10)] == [0.5, 1.0, 1.0, .875, .75, .625, .5, .375, .25, .125]
     assert override(recipe, ["warmup=0"]).rate(0) == 1.0
     assert override(Recipe(), ["warmup=0.1", "steps=1_000"]).steps == 1000
+
+
+def test_copied_layers_are_the_default_where_the_shapes_agree(inputs):
+    plan = resolve(options([*inputs, "--student", SMALL, "--student", SAME]))
+    assert list(plan.inits.values()) == ["random", "teacher"] and list(plan.layers.values()) == [[2, 4], [2, 4]]
 
 
 def test_a_student_name_is_a_folder_name():
