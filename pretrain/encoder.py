@@ -23,7 +23,7 @@ from pretrain.recipe import Shape
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
-TEACHERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
+TEACHERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
@@ -124,7 +124,7 @@ def check_tokenizer(name: str, config, manifest):
     if built["vocab_size"] > config.vocab_size:
         raise ValueError(f"teacher {name}: {config.vocab_size:,} embeddings for a tokenizer of {built['vocab_size']:,} ids")
     longest = getattr(config, "max_position_embeddings", manifest.row_length)
-    if "roberta" in config.model_type or config.model_type == "camembert":
+    if "roberta" in config.model_type:
         longest -= config.pad_token_id + 1  # their positions begin after the padding's
     if manifest.row_length > longest:
         raise ValueError(f"the shards hold rows of up to {manifest.row_length} tokens, the teacher {name} reads {longest}; "

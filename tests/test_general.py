@@ -303,6 +303,7 @@ def test_a_bad_shard_is_found_before_training(damage, says, inputs, shards_folde
         resolve(options([*inputs, "--shards", str(copy)]))
 
 
+@pytest.mark.faults
 def test_a_damaged_shard_ends_all_ranks_with_its_name(inputs, shards_folder, tmp_path):
     copy = tmp_path / "shards"
     shutil.copytree(shards_folder, copy)
