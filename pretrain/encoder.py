@@ -23,7 +23,7 @@ from pretrain.recipe import Shape
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
-TEACHERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+TEACHERS = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")  # every layer attends to all real tokens
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 

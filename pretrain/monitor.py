@@ -1,4 +1,7 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, the progress bar.  Rank 0 alone has one."""
+"""What a person sees of a run: metrics.jsonl, TensorBoard, the progress bar.
+
+Rank 0 alone has a Monitor; every rank has a Window, whose figures are those of all ranks.
+"""
 
 import json
 import sys

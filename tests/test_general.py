@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,24 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two_ranks, inputs, tmp_pa
     for name in NAMES:
         straight, resumed = weights(two_ranks, name), weights(out, name)
         assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+@pytest.mark.faults
+def test_a_killed_run_goes_on_as_if_it_had_not_been(inputs, one_rank, tmp_path):
+    """SIGKILL after the first checkpoint; the same command again ends where the straight run ended."""
+    out = tmp_path / "run"
+    arguments = list(map(str, [*inputs, "--student", SMALL, "--out", out, *SETTINGS]))
+    run = subprocess.Popen([sys.executable, "launch/general.sh", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    while not (out / "checkpoints/step-3").exists() and run.poll() is None:
+        time.sleep(0.002)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert not (out / "students").exists()
+    assert "goes on from" in launch(*arguments)
+    straight, resumed = metrics(one_rank), metrics(out)
+    assert all(learned(straight[step]) == learned(resumed[step]) for step in range(7))
+    assert all(torch.equal(value, weights(out, NAMES[0])[name]) for name, value in weights(one_rank, NAMES[0]).items())
 
 
 def test_ranks_and_micro_batches_change_the_loss_by_rounding_only(inputs, one_rank, tmp_path):
