@@ -1,76 +1,67 @@
-"""What the run reached: a table to print, report.md and report.json."""
+"""How good and how fast the classifiers are: measured, and as a table."""
 
-import json
 import math
-import platform
-from pathlib import Path
+import time
+from contextlib import nullcontext
+from functools import partial
 from statistics import median
 
 import torch
 from torch import nn
 
 from finetune.data import Rows
-from finetune.score import predict, speeds
+from finetune.distill import each_row, logits, lowered
 
 SPEED_BATCH = 32  # rows beside each other when sentences/s are measured
-HEAD = ("model", "parameters", "accuracy", "of the teacher's", "agrees with it", "sentences/s", "speed")
+ROUNDS = 7  # of timing
 
 
-def figures(models: dict[str, nn.Module], dev: Rows, teacher: str | None) -> list[dict]:
-    """A line a model in eval mode; what compares with the teacher is None where there is none."""
-    gold = torch.tensor(dev.labels)
-    said = {name: predict(model, dev) for name, model in models.items()}
-    share = {name: (labels == gold).double().mean().item() for name, labels in said.items()}
-    speed = speeds(models, dev, SPEED_BATCH)
+@torch.inference_mode()
+def speeds(models: dict[str, nn.Module], rows: Rows) -> dict[str, list[float]]:
+    """Rows a second of each model, from rows on the host to answers on the host, in each of ROUNDS rounds.
+
+    Float32 on a CPU, bfloat16 on a GPU.  The models take turns within a round: a busy machine slows all of them.
+    """
+    numbers = list(range(min(4 * SPEED_BATCH, len(rows.labels))))
+    batches = [rows.batch(numbers[n:n + SPEED_BATCH]) for n in range(0, len(numbers), SPEED_BATCH)]
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for attempt in range(ROUNDS + 1):
+        for name, model in models.items():
+            started = time.perf_counter()
+            with lowered(model.device) if model.device.type == "cuda" else nullcontext():
+                for batch in batches:
+                    logits(model, batch.copy().to(model.device)).cpu()
+            if attempt:  # the first round warms up
+                found[name].append(len(numbers) / (time.perf_counter() - started))
+    return found
+
+
+def figures(models: dict[str, nn.Module], dev: Rows) -> list[dict]:
+    """A line a model in eval mode; the first of two is the teacher, what compares with it is None for one alone."""
+    said = {name: each_row(partial(logits, model), dev, model.device).argmax(-1) for name, model in models.items()}
+    right = {name: (labels == dev.labels).double().mean().item() for name, labels in said.items()}
+    speed, teacher = speeds(models, dev), next(iter(models)) if len(models) > 1 else None
     return [{
-        "model": name, "parameters": sum(p.numel() for p in model.parameters()), "accuracy": share[name],
-        "standard_error": math.sqrt(share[name] * (1 - share[name]) / len(dev)),
-        "of_teacher": share[name] / max(share[teacher], 1e-9) if teacher else None,
+        "model": name, "parameters": model.num_parameters(), "accuracy": right[name],
+        "standard_error": math.sqrt(right[name] * (1 - right[name]) / len(dev.labels)),
+        "of_teacher": right[name] / max(right[teacher], 1e-9) if teacher else None,
         "agreement": (said[name] == said[teacher]).double().mean().item() if teacher else None,
         "sentences_per_second": median(speed[name]),
         "speed_ratio": median(a / b for a, b in zip(speed[name], speed[teacher], strict=True)) if teacher else None,
     } for name, model in models.items()]
 
 
-def table(models: list[dict]) -> str:
-    """The figures as a Markdown table, padded so that it reads well in a terminal."""
-    cells = [HEAD] + [(
-        f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}",
-        *("" if f[key] is None else f"{f[key]:.1%}" for key in ("of_teacher", "agreement")),
-        f"{f['sentences_per_second']:.0f}", f"{f['speed_ratio']:.2f} x" if f["speed_ratio"] else "") for f in models]
+def text(report: dict) -> str:
+    """report.md from what report.json holds; its table is padded so that it reads well in a terminal."""
+    cells = [("model", "parameters", "accuracy", "of the teacher's", "agrees with it", "sentences/s", "speed")]
+    for f in report["models"]:
+        shares = ["" if f[key] is None else f"{f[key]:.1%}" for key in ("of_teacher", "agreement")]
+        cells.append((f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}", *shares,
+                      f"{f['sentences_per_second']:.0f}", f"{f['speed_ratio']:.2f} x" if f["speed_ratio"] else ""))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    rows = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def device_line(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, bfloat16 autocast"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32"
-
-
-def read(out: Path) -> dict:
-    """What report.json says; empty where it is not there or not whole."""
-    try:
-        return json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def text(report: dict) -> str:
-    """report.md."""
-    return (f"# QNLI\n\n{table(report['models'])}\n\n"
-            f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
-            f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. "
-            f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
-            f"{report['device']}.\n")
-
-
-def write(out: Path, report: dict) -> str:
-    """report.md, then report.json, each whole or not at all; gives the text of report.md."""
-    for name, content in (("report.md", text(report)), ("report.json", json.dumps(report, indent=2) + "\n")):
-        part = out / f"{name}.part"
-        part.write_text(content, encoding="utf-8")
-        part.replace(out / name)
-    return text(report)
+    rows = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    table = "\n".join(f"| {row} |" for row in rows)
+    return (f"# QNLI\n\n{table}\n\nAccuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
+            f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. Sentences/s "
+            f"(rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on {report['device']}.\n")

@@ -29,7 +29,8 @@ else
 fi
 
 say "2/4 Shards from the prose that every Python ships: NSP pairs, three mask sets (about half a minute)"
-python -m shards.build python-docs --tokenizer "$demo/minilm" --out "$demo/shards" --workers 2 --held-out 0.03
+[ -f "$demo/data/qnli/dev.tsv" ] || python launch/demo_data.py "$demo/data"
+python -m shards.build "$demo/data/docs.txt" --tokenizer "$demo/minilm" --out "$demo/shards" --workers 2 --held-out 0.03
 
 say "3/4 General distillation on 2 ranks under ZeRO-2: 4 of 6 layers must think like the teacher (about 4 minutes)"
 port=$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
@@ -38,7 +39,7 @@ deepspeed --log_level error --num_gpus 2 --master_port "$port" launch/general.sh
 
 say "4/4 The task: a question about a documented function, and a sentence: does it answer? (about 4 minutes)"
 OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/minilm" --student "$demo/general/students/tiny4-384" \
-  --data python-docs --out "$demo/qnli" rows=2000 length=64 teacher_lr=1e-4 \
+  --data "$demo/data/qnli" --out "$demo/qnli" rows=2000 length=64 teacher_lr=1e-4 \
   layers_epochs=1 layers_lr=1e-4 predictions_epochs=3 predictions_lr=1e-4
 
 say "Done"

@@ -5,11 +5,29 @@
 #     [DS_ARGS="LAUNCHER OPTIONS"] bash launch/general.sh [OPTIONS]
 #
 # DeepSpeed runs the file it is given with `python -u FILE` on every rank, so this file is read by both languages:
-# bash sees a no-op (''':') and then a script that ends in exec, Python sees one long string and then a program.
+# bash sees a no-op (''':') and then a script that ends in a here document, Python sees one long string and then a program.
 ''':'
 case " $* " in *" --help "* | *" -h "*) exec python "$0" "$@" ;; esac
 if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
-exec deepspeed --log_level error ${DS_ARGS-} "$0" "$@"
+
+# DeepSpeed's launchers orphan the ranks on SIGTERM, or hurry them one after another.  So they run in a process group of
+# their own and ignore SIGUSR1, which the ranks take as: end the step, save, exit with 75.  A second signal kills them.
+trap '' USR1
+setsid deepspeed --log_level error ${DS_ARGS-} "$0" "$@" &
+group=$! signals=0
+trap 'signals=$((signals + 1))' TERM INT HUP
+left() { kill -0 "$group" || kill -0 -- "-$group"; } 2>/dev/null
+wait "$group"  # until it ends, or a signal comes
+code=$?
+while left; do
+    if [ "$signals" -ge 2 ]; then kill -KILL -- "-$group"; fi
+    if [ "$signals" -eq 1 ]; then kill -USR1 -- "-$group"; fi  # each second: the ranks may not have been there yet
+    sleep 1 &
+    wait $!
+    if [ "$code" -eq 0 ] && left; then code=1; fi  # deepspeed says 0 where its launch.py was killed and the ranks were not
+done 2>/dev/null
+if [ "$signals" -gt 0 ]; then wait "$group"; code=$?; fi
+exit "$code"
 : <<'# end of Python'
 '''
 import os

@@ -1,102 +1,98 @@
 """Checkpoints that are whole or absent: a tag is one folder for all students, checked by sums before it is read.
 
-DeepSpeed neither syncs nor renames, writes `latest` before the other ranks are done, and loads a file with a
-flipped byte without complaint.  So every rank writes into `step-N.part`; then rank 0 syncs the files, writes
-`manifest.json` with their sizes and sha256, renames the folder, and renames a new `latest` into place.
+DeepSpeed neither syncs nor renames, and loads a file with a flipped byte without complaint.  So every rank writes into
+`step-N.part`; then rank 0 syncs the files, writes `manifest.json` with their sizes and sha256, renames the folder, and
+reads it back before an older one may go.  `latest` is for people: a run takes the newest tag whose sums are right.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
+from torch import nn
 
-from pretrain.engine import Engine, Ranks
+from pretrain.engine import Engine
+from pretrain.ranks import Ranks
 from pretrain.recipe import NOT_LEARNED
 from shards.block import written_whole
 
 KEEP = 3  # newest good checkpoints that stay
 
 
-def save(folder: Path, engines: list[Engine], ranks: Ranks, *, step: int, rows: int, about: dict) -> Path:
-    """Write `step-N` whole; every rank calls it.  `about` (recipe, machine, students) goes into its manifest."""
-    tag = folder / f"step-{step}"
-    part = folder / f"step-{step}.part"
-    if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-    states = [None] * ranks.world
-    dist.all_gather_object(states, _random_state(ranks))  # a barrier too: the folder is there
-    for engine in engines:
-        engine.save(part, {"random": states})
-    dist.barrier()
-    error = None
+def save(folder: Path, engines: list[Engine], ranks: Ranks, *, step: int, about: dict, keep_every: int,
+         last: Path | None) -> Path:
+    """Write `step-N` whole; every rank calls it.  `about` (settings, machine) goes into its manifest.
+
+    Where that fails, as on a full disk, all ranks raise ValueError, which names the `last` good one; nothing of it stays.
+    """
+    tag, part = folder / f"step-{step}", folder / f"step-{step}.part"
     try:
+        ranks.first(partial(_prepare, part, [engine.name for engine in engines]))
+        for engine in engines:
+            ranks.agree(engine.save(part))
+        ranks.first(partial(_publish, part, tag, ranks.world * len(engines), {"step": step, **about}, keep_every))
+    except ValueError as error:
         if ranks.rank == 0:
-            _publish(part, tag, ranks.world * len(engines), {"step": step, "rows": rows, **about})
-    except (OSError, ValueError) as caught:
-        error = caught
-    ranks.agree(error)
+            shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(f"the checkpoint of step {step} was not written: {error}. The last good checkpoint is {last}; the same "
+                         "command goes on from there") from error
     return tag
 
 
-def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
+def _prepare(part: Path, students: list[str]) -> None:
+    """Empty folders for the students; what a killed run left half-made goes."""
+    for left in part.parent.glob("*.part"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()  # a file is one of `latest`
+    for name in students:
+        (part / name).mkdir(parents=True)
+
+
+def _publish(part: Path, tag: Path, optimizers: int, facts: dict, keep_every: int) -> None:
     """Let a complete `part` appear as `tag`, and old tags go."""
     if len(list(part.rglob("*optim_states.pt"))) != optimizers:
         raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
-    _seal(part, facts)
-    shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
-    part.rename(tag)
-    with written_whole(tag.parent / "latest") as file:
-        file.write(tag.name.encode())
-    _sync(tag.parent)
-    older = [t for t in _tags(tag.parent) if int(t.name[5:]) <= facts["step"]]  # damaged newer ones do not count
-    for old in older[KEEP:]:
-        shutil.rmtree(old)
-
-
-def _random_state(ranks: Ranks) -> dict:
-    state = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
-
-
-def _seal(part: Path, facts: dict) -> None:
-    files = {}
-    for path in sorted(p for p in part.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(part))] = {"bytes": path.stat().st_size, "sha256": _sum(path)}
+    files = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+             for path in sorted(part.rglob("*")) if path.is_file()}
     with written_whole(part / "manifest.json") as file:
         file.write(json.dumps({**facts, "files": files}, indent=1).encode())
-    for path in [part, *(p for p in part.rglob("*") if p.is_dir())]:
-        _sync(path)
+    sync(part, *part.rglob("*"))
+    shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
+    part.rename(tag)
+    sync(tag.parent)
+    verified(tag)
+    with written_whole(tag.parent / "latest") as file:
+        file.write(tag.name.encode())
+    older = [(step, old) for step, old in _tags(tag.parent).items() if step <= facts["step"]]  # newer ones are damaged
+    for step, old in older[KEEP:]:
+        if not keep_every or step % keep_every:
+            shutil.rmtree(old)
+
+
+def identity(teacher: nn.Module) -> str:
+    """Tells teachers apart by some of their float32 weights, wherever they lie."""
+    some = (parameter.detach().flatten()[:1024].cpu().numpy().tobytes() for parameter in teacher.parameters())
+    return hashlib.sha256(b"".join(some)).hexdigest()
 
 
 def _sum(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            sha256.update(piece)
-    return sha256.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
+def sync(*paths: Path) -> None:
+    """Files and folders onto the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
 
 
-def _tags(folder: Path) -> list[Path]:
-    """Complete tags, newest first."""
-    tags = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
-    return sorted(tags, key=lambda p: int(p.name[5:]), reverse=True)
+def _tags(folder: Path) -> dict[int, Path]:
+    """Complete tags by step, newest first."""
+    tags = {int(tag.name[5:]): tag for tag in folder.glob("step-*") if tag.name[5:].isdigit()}
+    return dict(sorted(tags.items(), reverse=True))
 
 
 def verified(tag: Path) -> dict:
@@ -107,54 +103,44 @@ def verified(tag: Path) -> dict:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint {tag}: its manifest.json is missing or damaged ({error})") from None
     for name, expected in files.items():
-        path = tag / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {tag}: {name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"checkpoint {tag}: {name} has {path.stat().st_size:,} bytes, not {expected['bytes']:,}")
-        if _sum(path) != expected["sha256"]:
+        size = (tag / name).stat().st_size if (tag / name).is_file() else "no"
+        if size != expected["bytes"]:
+            raise ValueError(f"checkpoint {tag}: {name} has {size} bytes, not {expected['bytes']}; it is cut or missing")
+        if _sum(tag / name) != expected["sha256"]:
             raise ValueError(f"checkpoint {tag}: {name} is damaged (its sha256 is another)")
     return facts
 
 
-def newest_good(folder: Path, ranks: Ranks) -> tuple[Path, dict, list[str]] | None:
-    """(tag, manifest, what is wrong with newer ones), chosen by rank 0 for all; None where there is none."""
-    found = [None]
-    if ranks.rank == 0:
-        faults = []
-        for tag in _tags(folder):
-            try:
-                found = [(tag, verified(tag), faults)]
-                break
-            except ValueError as error:
-                faults.append(str(error))
-        if faults and found == [None]:
-            found = [ValueError(f"no good checkpoint in {folder}: {'; '.join(faults)}. Start over with --fresh")]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return found[0]
+def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] | None:
+    """The newest checkpoint whose sums are right: (tag, step, what a person should know, whether it must be converted).
+
+    None where there is no checkpoint.  ValueError where none is good, or where the learning settings are others.
+    """
+    notes = []
+    for tag in _tags(folder).values():
+        try:
+            facts = verified(tag)
+            break
+        except ValueError as error:
+            notes.append(f"passed over: {error}")
+    else:
+        if notes:
+            raise ValueError(f"no good checkpoint in {folder}: {'; '.join(notes)}. Start over with --fresh")
+        return None
+    if apart := _differences(facts["settings"], about["settings"]):
+        raise ValueError(f"checkpoint {tag} belongs to a run with other settings: {apart}. Give the same settings, another "
+                         "--out, or --fresh to begin anew (the old run is kept, renamed)")
+    was, now = facts["settings"]["steps"], about["settings"]["steps"]
+    if facts["step"] > now:
+        raise ValueError(f"{tag} is {facts['step']} steps old already; write steps={facts['step']} or more, or --fresh")
+    notes.append(f"goes on from {tag} (row {facts['step'] * about['settings']['batch']:,})")
+    if was != now:
+        notes.append(f"steps was {was:,}, is {now:,}: the rate of every later step follows from its number and the new length")
+    if machine := _differences(facts["machine"], about["machine"]):
+        notes.append(f"{machine}: through DeepSpeed's universal checkpoint, and dropout is drawn anew")
+    return tag, facts["step"], notes, bool(machine)
 
 
-def check_same(facts: dict, about: dict, tag: Path) -> None:
-    """Refuse to go on with other learning settings than the run had; logging, saving and `steps` may change."""
-    differences = []
-    for part in ("recipe", "students", "shards", "teacher", "machine"):
-        was, now = facts.get(part), about[part]
-        if not isinstance(was, dict):
-            was, now = {part: was}, {part: now}
-        for key in sorted(was.keys() | now.keys()):
-            if key not in (*NOT_LEARNED, "steps") and was.get(key) != now.get(key):
-                differences.append(f"{key} was {was.get(key)}, is {now.get(key)}")
-    if differences:
-        raise ValueError(f"checkpoint {tag} belongs to a run with other settings: {'; '.join(differences)}. Give the "
-                         "same settings, another --out, or --fresh to begin anew (the old run is kept, renamed)")
-
-
-def load(tag: Path, engines: list[Engine], ranks: Ranks) -> None:
-    """Every student's weights, optimizer and this rank's random state."""
-    for engine in engines:
-        state = engine.load(tag)["random"][ranks.rank]
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], ranks.device)
+def _differences(was: dict, now: dict) -> str:
+    return "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in sorted(was.keys() | now.keys())
+                     if key not in (*NOT_LEARNED, "steps") and was.get(key) != now.get(key))

@@ -1,91 +1,80 @@
-"""HEART: the only file that imports deepspeed.  Ranks, one ZeRO-1/2 engine for each student, their update.
+"""HEART: the only file that imports deepspeed.  One ZeRO-1/2 engine for each student, its update and its files.
 
 The recipe owns what is learned; a file of ds_configs/ owns how the machine runs it.  Accumulation is derived.
 """
 
-import importlib
+import contextlib
+import hashlib
+import io
 import json
+import math
 import os
-import socket
+import shutil
 import warnings
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.ranks import Ranks
 from pretrain.recipe import Recipe, did_you_mean
 
 OWNED = {  # keys of a DeepSpeed file that another place owns here, and where to write them instead
-    "optimizer": "the recipe (lr=, weight_decay=, betas=, eps=)", "scheduler": "the recipe (lr=, warmup=, steps=)",
+    "optimizer": "the recipe (lr=, weight_decay=, beta1=, beta2=, eps=)", "scheduler": "the recipe (lr=, warmup=, steps=)",
     "gradient_clipping": "the recipe (clip=)", "train_batch_size": "the recipe (batch=)",
     "gradient_accumulation_steps": "nowhere: it is derived from batch, ranks and train_micro_batch_size_per_gpu",
-    "tensorboard": "nowhere: a run always writes TensorBoard events to OUT/tensorboard",
-    "csv_monitor": "nowhere: a run always writes OUT/metrics.jsonl", "wandb": "nowhere", "comet": "nowhere",
-}
+    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"),
+                    "nowhere: a run always writes OUT/tensorboard and OUT/metrics.jsonl")}
 # DeepSpeed reads unknown keys of the top level without a word, so the ones that mean something here are listed.
 KNOWN = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type",
-         "prescale_gradients", "gradient_predivide_factor", "disable_allgather", "comms_logger", "wall_clock_breakdown",
-         "memory_breakdown", "dump_state", "flops_profiler", "aio", "compile", "zero_force_ds_cpu_optimizer",
-         "torch_autocast", "disable_python_gc", "log_level")
-PLAIN = {  # sections that DeepSpeed reads key by key, the rest of them in silence too
-    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
-    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
-}
-SECTIONS = {  # sections whose keys DeepSpeed's own models know
-    "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
-    "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
-    "fp16": ("deepspeed.runtime.precision_config", "DeepSpeedFP16Config"),
-}
+         "prescale_gradients", "gradient_predivide_factor", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
+         "dump_state", "flops_profiler", "aio", "compile", "zero_force_ds_cpu_optimizer", "disable_python_gc", "log_level")
 
 
 def read_engine_file(path: Path, device_type: str) -> dict:
     """A DeepSpeed file, checked.  ValueError names the key, what is wrong with it and where it belongs."""
-    if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise ValueError(f"--engine {path}: no such file{did_you_mean(str(path), there)}"
-                         + (f" (there are {', '.join(there)})" if there else ""))
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--engine {path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"--engine {path}: holds no JSON object; write {{...}} as in ds_configs/cpu.json")
-    for key in config:
-        if key in OWNED:
-            raise ValueError(f"--engine {path}: {key!r} does not belong there; write it in {OWNED[key]}")
-        if key not in KNOWN:
-            raise ValueError(f"--engine {path}: DeepSpeed would ignore {key!r} in silence{did_you_mean(key, KNOWN)}")
-    for name in (*SECTIONS, *PLAIN):
-        if name in config:
-            _check_section(path, name, config[name])
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        raise ValueError(f"--engine {path}: zero_optimization.stage is {stage}; write 2 (or 1): the students are small, "
-                         "and stage 3 does not go with a teacher beside them")
-    micro = config.get("train_micro_batch_size_per_gpu")
-    if not isinstance(micro, int) or micro < 1:
-        raise ValueError(f"--engine {path}: needs train_micro_batch_size_per_gpu, the most rows held at once, 1 or more")
-    if device_type == "cpu" and (precision(config) == "fp16" or offloads(config)):
-        raise ValueError(f"--engine {path}: fp16 and offload need a GPU, and there is none here; use ds_configs/cpu.json")
+        _check(config, device_type)
+    except OSError:
+        close = did_you_mean(str(path), map(str, path.parent.glob("*.json")))
+        raise ValueError(f"--engine {path}: no such file{close}") from None
+    except ValueError as error:
+        raise ValueError(f"--engine {path}: {error}; see ds_configs/") from None
     return config
 
 
-def _check_section(path: Path, name: str, section: dict) -> None:
-    if not isinstance(section, dict):
-        raise ValueError(f"--engine {path}: {name} is {section!r}; write a JSON object, such as {{}}")
-    model = getattr(importlib.import_module(SECTIONS[name][0]), SECTIONS[name][1]) if name in SECTIONS else None
-    known = PLAIN.get(name) or {*model.model_fields, *(f.alias for f in model.model_fields.values() if f.alias)}
-    for key in section:
-        if key not in known:
-            raise ValueError(f"--engine {path}: {name} has no {key!r}{did_you_mean(key, known)}")
-    try:
-        if model:
-            model(**section)
-    except ValueError as error:  # pydantic's is one
-        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": error}
-        raise ValueError(f"--engine {path}: {name}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+def _check(config: dict, device_type: str) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if not isinstance(config, dict):
+        raise ValueError("no JSON object")
+    for key in config:
+        if key in OWNED:
+            raise ValueError(f"{key!r} does not belong there; write it in {OWNED[key]}")
+        if key not in KNOWN:
+            raise ValueError(f"DeepSpeed would ignore {key!r} in silence{did_you_mean(key, KNOWN)}")
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for name, model in models.items():
+        try:
+            model.model_validate(config.get(name, {}))
+        except ValueError as error:  # pydantic's
+            first = error.errors()[0]
+            close = did_you_mean(str(first["loc"][-1]), model.model_fields) if first["type"] == "extra_forbidden" else ""
+            raise ValueError(f"{'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}{close}") from None
+    if config.get("data_types") not in (None, *({"grad_accum_dtype": kind} for kind in ("fp32", "bf16", "fp16"))):
+        raise ValueError(f"data_types is {config['data_types']}; write {{'grad_accum_dtype': 'fp32'}}, or nothing")
+    if config.get("zero_optimization", {}).get("stage") not in (1, 2):
+        raise ValueError("zero_optimization needs stage 2 (or 1): the students are small, and stage 3 does not go with a teacher "
+                         "beside them")
+    micro = config.get("train_micro_batch_size_per_gpu")
+    if not isinstance(micro, int) or micro < 1:
+        raise ValueError("needs train_micro_batch_size_per_gpu, the most rows held at once, 1 or more")
+    if device_type == "cpu" and (precision(config) == "fp16" or offloads(config)):
+        raise ValueError("fp16 and offload need a GPU, and there is none here; use ds_configs/cpu.json")
 
 
 def precision(config: dict) -> str:
@@ -95,26 +84,6 @@ def precision(config: dict) -> str:
 def offloads(config: dict) -> bool:
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this process stands among all of them."""
-
-    rank: int
-    world: int
-    device: torch.device
-    talk: dist.ProcessGroup  # gloo, for what is on the CPU
-
-    def agree(self, error: Exception | None) -> None:
-        """Every rank calls it at the same point; where one has an error all raise it, so that none is left waiting."""
-        wrong = torch.tensor(error is not None, dtype=torch.int32)
-        dist.all_reduce(wrong, dist.ReduceOp.MAX, group=self.talk)
-        if wrong.item():
-            texts = [None] * self.world
-            dist.all_gather_object(texts, str(error) if error else None, group=self.talk)
-            first = next(text for text in texts if text)
-            raise ValueError(first if texts.count(first) == self.world else f"rank {texts.index(first)}: {first}") from error
 
 
 def device_type() -> str:
@@ -136,90 +105,127 @@ def join() -> Ranks:
         if tasks != "1":
             raise ValueError(f"{tasks} tasks were started, but RANK is not set in them, so each would be a run of its own; "
                              "start one task a node with deepspeed launch/general.sh ..., or torchrun")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(device)
     try:
         deepspeed.init_distributed("nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     except dist.DistNetworkError as error:
         port = os.environ["MASTER_PORT"]
         raise ValueError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); if "
                          f"another run has the port, write deepspeed --master_port {int(port) + 1} ...") from None
-    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
-def leave() -> None:
-    """Without it a rank can abort while the others still talk to it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 class Engine:
-    """One student under DeepSpeed."""
+    """One student under DeepSpeed, with a random state of its own, so that no other student moves its dropout.
 
-    def __init__(self, name: str, student: nn.Module, recipe: Recipe, config: dict, micro: int):
+    The state is drawn from (seed, name, rank, `drawn_at`, a step).  `universal`: it will load what `to_universal` wrote.
+    """
+
+    def __init__(self, name: str, student: nn.Module, recipe: Recipe, config: dict, micro: int, ranks: Ranks, *,
+                 drawn_at: int, universal: bool):
         import deepspeed
 
-        self.name, self.recipe = name, recipe
-        decayed = [p for n, p in student.named_parameters() if not _undecayed(n)]
-        kept = [p for n, p in student.named_parameters() if _undecayed(n)]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        self.name, self.recipe, self.ranks = name, recipe, ranks
+        groups = [{"params": [p for n, p in student.named_parameters() if decays(n) == yes],
+                   "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
         adam = torch.optim.AdamW
         if offloads(config):
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
-        optimizer = adam(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
+        optimizer = adam(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)
         whole = {**config, "train_batch_size": recipe.batch, "train_micro_batch_size_per_gpu": micro,
-                 "gradient_clipping": recipe.clip, "steps_per_print": 2**31}
+                 "gradient_clipping": recipe.clip, "steps_per_print": 2**31, "checkpoint": {"load_universal": universal}}
         self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=whole)
+        self.deepspeed.checkpoint_engine.save = self._write
+        self.module = self.deepspeed.module
+        self.deepspeed._copy_recovery_script = lambda folder: None  # a write that `_write` does not see; exports hold fp32
+        drawn = hashlib.sha256(f"{recipe.seed} dropout {name} {ranks.rank} {drawn_at}".encode()).digest()
+        self.random = torch.Generator(ranks.device).manual_seed(int.from_bytes(drawn[:7], "big")).get_state()
+        self.allowed = 20 if precision(config) == "fp16" else 0  # fp16's loss scale is found by skipping steps
+        self.skipped = self.skipped_in_a_row = 0
 
     def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
         """The student's trace of one micro batch."""
-        return self.deepspeed(ids, segments, real)
+        device = torch.cuda if self.ranks.device.type == "cuda" else torch
+        device.set_rng_state(self.random)
+        traced = self.deepspeed(ids, segments, real)
+        self.random = device.get_rng_state()
+        return traced
 
     def update(self, loss: Tensor, step: int) -> None:
         """Backward of one micro batch's mean row loss; the update itself where the batch is complete."""
         for group in self.deepspeed.optimizer.param_groups:
-            # Set from the step's number, not by a schedule object, which stands still where DeepSpeed skips a step.
-            group["lr"] = self.recipe.rate(step)
+            group["lr"] = self.recipe.rate(step)  # a schedule object would stand still where DeepSpeed skips a step
         self.deepspeed.backward(loss)
         self.deepspeed.step()
+
+    def trouble(self) -> str | None:
+        """What was wrong with the last update; to be called once after each."""
+        skipped, self.skipped = self.deepspeed.skipped_steps - self.skipped, self.deepspeed.skipped_steps
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row > self.allowed:
+            return f"the gradient is not finite ({self.skipped_in_a_row} updates skipped in a row)"
+        if not skipped and not math.isfinite(self.gradient_norm()):
+            return f"the gradient norm is {self.gradient_norm()}"
+        return None
 
     def gradient_norm(self) -> float:
         """Of the last update, before clipping, over all ranks."""
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
 
-    @property
-    def module(self) -> nn.Module:
-        return self.deepspeed.module
-
     def weights(self) -> dict[str, Tensor]:
         """The student's fp32 master weights on the CPU.  Every rank must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone()
-                for name, p in self.module.named_parameters()}
+        return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone() for name, p in self.module.named_parameters()}
 
-    def save(self, folder: Path, state: dict) -> None:
-        """Weights and optimizer into folder/NAME.  DeepSpeed syncs nothing: pretrain.checkpoint makes it whole."""
-        self.deepspeed.save_checkpoint(str(folder), tag=self.name, client_state={"distil": state}, save_latest=False)
+    def save(self, folder: Path) -> OSError | None:
+        """Weights, optimizer and every rank's random state into folder/NAME -> what went wrong with this rank's files."""
+        self.unwritten = None
+        state = {"distil": {"random": self.ranks.gathered(self.random)},
+                 "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # what the converter asks for
+        self.deepspeed.save_checkpoint(str(folder), tag=self.name, client_state=state, save_latest=False)
+        return self.unwritten
 
-    def load(self, folder: Path) -> dict:
-        """Weights and optimizer from folder/NAME -> the state given to `save` (rank 0's, on every rank)."""
+    def _write(self, state_dict: dict, path: str) -> None:
+        """In the place of DeepSpeed's own, which would raise here and leave the other ranks at a barrier."""
+        try:
+            torch.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+            self.unwritten = OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); is the disk full?")
+
+    def load(self, folder: Path, *, random: bool) -> None:
+        """Weights and optimizer from folder/NAME, and this rank's random state where the ranks are the same."""
         _, state = self.deepspeed.load_checkpoint(str(folder), tag=self.name)
-        return state["distil"]
+        self.skipped = self.deepspeed.skipped_steps
+        if random:
+            self.random = state["distil"]["random"][self.ranks.rank]
 
 
-def _undecayed(name: str) -> bool:
-    return name.endswith("bias") or "LayerNorm" in name
+def to_universal(tag: Path, students: list[str]) -> Path:
+    """A checked tag -> a scratch folder in DeepSpeed's universal format, for any ranks, stage and precision.  For rank 0."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    scratch = tag.parent / ".universal"
+    shutil.rmtree(scratch, ignore_errors=True)  # a half-made one of a killed run
+    how = dict(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            for name in students:
+                ds_to_universal.main(Namespace(input_folder=str(tag / name), output_folder=str(scratch / name), **how))
+    except (AssertionError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{tag} cannot be made a universal checkpoint ({error})") from error
+    return scratch
 
 
-def machine(config: dict, world: int) -> dict:
-    """What a checkpoint's files depend on besides the recipe."""
-    zero = config["zero_optimization"]
-    return {"ranks": world, "zero_stage": zero["stage"], "precision": precision(config),
-            "offload": offloads(config)}
+def decays(name: str) -> bool:
+    return not name.endswith("bias") and "LayerNorm" not in name
+
+
+def machine(config: dict, ranks: Ranks) -> dict:
+    """What a checkpoint's files depend on besides the recipe; with another it is read through the universal one."""
+    return {"ranks": ranks.world, "zero_stage": config["zero_optimization"]["stage"], "precision": precision(config),
+            "offload": offloads(config), "device": ranks.device.type,
+            "grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype")}

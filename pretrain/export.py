@@ -8,31 +8,40 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.checkpoint import sync
 from pretrain.encoder import Student
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
-    """Write model, tokenizer and projection (from general distillation, for the task stage), whole or not at all.
+    """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all.
 
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher width, student
-    width) and `bias`, and is there only where the widths differ.
+    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`.
     """
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    encoder, projection = ({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+                           for prefix in ("encoder.", "projection."))
     config = copy.deepcopy(student.encoder.config)
     config._attn_implementation = None  # the tracing attention is known to this project alone
-    config.dtype = torch.float32
-    config.architectures = [type(student.encoder).__name__]
     with torch.device("meta"):
         model = type(student.encoder)(config, add_pooling_layer=False)
     model.save_pretrained(part, state_dict=encoder)
     tokenizer.save_pretrained(part)
-    projection = {name.removeprefix("projection."): value for name, value in weights.items()
-                  if name.startswith("projection.")}
     if projection:
         save_file(projection, part / "projection.safetensors")
+    sync(part, *part.rglob("*"))
+    old = folder.with_name(f"{folder.name}.old")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(students: Path) -> None:
+    """After a kill between the two renames of `export`: the old folder gets its name back."""
+    for old in students.glob("*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(old.with_suffix(""))

@@ -3,8 +3,10 @@
 import argparse
 import os
 import sys
+from functools import partial
 
 from pretrain.recipe import RECIPES, SHAPES, Recipe
+from pretrain.signals import StopRequest
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -13,14 +15,14 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Distil a small BERT from a big one: embeddings, hidden states and attention scores.",
         epilog="key=value settings: " + ", ".join(Recipe.__dataclass_fields__) + " (see pretrain/recipe.py)")
-    parser.add_argument("--shards", default="data/shards", help="folder written by python -m shards.build")
+    parser.add_argument("--shards", default="data/shards", help="what python -m shards.build wrote: a folder, "
+                        "http(s)://HOST/FOLDER, or 'pipe:COMMAND {}' with {} for the name of a file")
     parser.add_argument("--teacher", default="bert-base-uncased", help="model folder or hub name")
     parser.add_argument("--student", action="append", help=f"{', '.join(SHAPES)}, or NAME:layers=3,hidden=288; may be "
                         "given several times (one teacher pass for all); default: tiny4")
-    parser.add_argument("--engine", help="DeepSpeed file; default: ds_configs/ gpu-bf16.json, gpu-fp16.json or cpu.json, "
-                        "by device")
+    parser.add_argument("--engine", help="DeepSpeed file; default: gpu-bf16, gpu-fp16 or cpu of ds_configs/, by device")
     parser.add_argument("--out", default="runs/general", help="folder of the run; the same command goes on in it")
-    parser.add_argument("--recipe", default="tinybert", help=f"settings to begin from: {', '.join(RECIPES)}")
+    parser.add_argument("--recipe", default="tinybert", choices=RECIPES, help="settings to begin from")
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                         help="the teacher's own; auto: 16 bit where the device multiplies it fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
@@ -35,33 +37,37 @@ def _refuse(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run; an error of the user's is one line on rank 0 and exit code 2 on every rank."""
+    """Run; an error is one line, by rank 0 where all ranks know it, and exit code 2 (1 on a rank that lost another)."""
+    stop, rank, code, said = StopRequest(), os.environ.get("RANK", "0"), 2, None
     try:
-        given = options(argv)
-        run(given)
+        code = run(options(argv), stop)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def run(given: argparse.Namespace) -> None:
-    """Check every input, join the other ranks, load, go on from the newest good checkpoint, train, export."""
-    from pretrain import engine  # here: --help answers without torch
-    from pretrain.plan import resolve
-
-    plan = wrong = None
-    try:
-        plan = resolve(given)
-    except ValueError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        said = str(error) if rank == "0" else None
+    except OSError as error:  # this rank's alone, such as a full disk under metrics.jsonl
+        said = f"rank {rank}: {error}"
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's words, whichever call it broke off
             raise
-        wrong = error  # perhaps on this rank alone: another host may lack the shards
+        code, said = 1, (f"rank {rank} lost another rank, which was killed or failed ({str(error)[:200]}...); the same command "
+                         "goes on from the last checkpoint")
+    if said:
+        print(f"error: {said}", file=sys.stderr, flush=True)
+    stop.done()
+    sys.exit(code)
+
+
+def run(given: argparse.Namespace, stop: StopRequest) -> int:
+    """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
+    import torch.distributed as dist  # here: --help answers without torch
+
+    from pretrain.engine import join
+    from pretrain.plan import resolve
     from pretrain.train import Run
 
-    ranks = engine.join()
+    ranks = join()
+    stop.armed = True
     try:
-        ranks.agree(wrong)
-        Run(plan, ranks).finish()
+        plan = ranks.together(partial(resolve, given))  # one rank alone may find fault: its host may lack the shards
+        return Run(plan, ranks, stop).finish()
     finally:
-        engine.leave()
+        dist.destroy_process_group()  # without it a rank can abort while the others still talk to it

@@ -1,7 +1,4 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, the progress bar.
-
-Rank 0 alone has a Monitor; every rank has a Window, whose figures are those of all ranks.
-"""
+"""What a person sees of a run: run.json, metrics.jsonl, TensorBoard, the progress bar."""
 
 import json
 import sys
@@ -9,86 +6,69 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pretrain.engine import Ranks
+from pretrain.ranks import Ranks
 from shards.block import written_whole
 
 
 class Monitor:
-    """Figures of logged steps, each step once, also after a resume.
+    """Figures of logged steps, each once: a run that goes on from step `first` drops later ones.  For rank 0."""
 
-    A run goes on from a checkpoint's step, or from 0: later lines of metrics.jsonl are dropped, and TensorBoard is
-    told to forget the steps after it.
-    """
-
-    def __init__(self, out: Path, *, first: int, steps: int):
+    def __init__(self, out: Path, *, first: int, steps: int, about: dict):
         self.lines = out / "metrics.jsonl"
-        kept = [line for line in self._read() if first and json.loads(line)["step"] <= first]
+        lines = self.lines.read_text().splitlines(keepends=True) if first and self.lines.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]  # a kill can halve one
         with written_whole(self.lines) as file:
             file.write("".join(kept).encode())
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1 if first else 0)
+        with written_whole(out / "run.json") as file:
+            file.write(json.dumps(about, indent=1).encode())
         self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, file=sys.stderr,
                         mininterval=1.0, delay=0.1)  # the start-up lines stand before it
 
-    def _read(self) -> list[str]:
-        """Whole lines only: a killed run can leave half a one."""
-        if not self.lines.exists():
-            return []
-        return [line for line in self.lines.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """One line of figures after `step` updates; the same ones as TensorBoard scalars under their names."""
+        """One line of figures after `step` updates, if there are any; the same as TensorBoard scalars; the bar moves."""
+        self.bar.update(step - self.bar.n)
+        if not figures:
+            return
         with open(self.lines, "a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
             self.board.add_scalar(name if "/" in name else f"run/{name}", value, step)
         self.board.flush()
-        shown = {name: f"{figures[name]:.4g}" for name in ("loss", "rows/s", "tokens/s") if name in figures}
-        if shown:
+        if "rows/s" in figures:
+            shown = {name: f"{figures[name]:.4g}" for name in ("loss", "rows/s", "tokens/s") if name in figures}
             self.bar.set_postfix(shown, refresh=False)
-
-    def advance(self, step: int) -> None:
-        self.bar.update(step - self.bar.n)
-
-    def text(self, name: str, content: str) -> None:
-        self.board.add_text(name, content, 0)
 
     def close(self) -> None:
         self.bar.close()
         self.board.close()
 
 
-def say(rank: int, text: str) -> None:
-    """A decision and its reason, once for all ranks, without breaking the progress bar."""
-    if rank == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
 class Window:
-    """Figures of the steps since the last logged one, summed on the device and fetched once."""
+    """Figures by row since the last logged step: sums on the device, fetched once; and what the steps took."""
 
-    def __init__(self, ranks: Ranks):
-        self.ranks, self.sums = ranks, {}
+    def __init__(self):
+        self.sums, self.rows, self.tokens = {}, 0, 0
         self.begin, self.waited = time.perf_counter(), 0.0
-        self.rows = self.tokens = self.steps = 0
 
-    def add(self, student: str, terms: dict[str, Tensor], loss: Tensor, micro_batches: int) -> None:
-        values = torch.stack([v.detach().mean() for v in terms.values()] + [loss.detach()]).double() / micro_batches
-        names, before = self.sums.get(student, ((*terms, "loss"), 0.0))
-        self.sums[student] = (names, before + values)
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """Values (R,) of some rows."""
+        for name, value_R in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value_R.detach().double().sum()
 
-    def means(self, named) -> dict[str, float]:
-        """Every student's loss and terms, rates over all ranks, and the share of time spent waiting for rows."""
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """Over the rows of all ranks."""
+        sums = torch.stack([*self.sums.values()]).tolist() if self.sums else []
+        total = ranks.total({**dict(zip(self.sums, sums, strict=True)), "rows": self.rows})
+        rows = total.pop("rows")
+        return {name: value / rows for name, value in total.items()}
+
+    def rates(self, ranks: Ranks) -> dict[str, float]:
+        """Over all ranks; data_wait is the share of time spent waiting for rows."""
         seconds = time.perf_counter() - self.begin
-        parts = [values / (self.steps * self.ranks.world) for _, values in self.sums.values()]
-        count = torch.tensor([self.rows, self.tokens, self.waited / seconds / self.ranks.world], dtype=torch.float64)
-        together = torch.cat([*parts, count.to(self.ranks.device)])
-        dist.all_reduce(together)
-        fetched = iter(together.tolist())
-        figures = {named(student, name): next(fetched) for student, (names, _) in self.sums.items() for name in names}
-        rows, tokens, waited = fetched
-        return figures | {"rows/s": rows / seconds, "tokens/s": tokens / seconds, "data_wait": waited}
+        return dict(ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
+                                 "data_wait": self.waited / seconds / ranks.world}))

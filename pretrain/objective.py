@@ -5,13 +5,15 @@ softmax.  The scores are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_
 
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 
-where the Gram matrices are 2d square: exact, linear in L.  Every row counts the same: a row's loss is a mean over
-its own real tokens (or pairs of them), so it depends on no padding, no micro batch and no rank.
+where the Gram matrices are 2d square: exact, linear in L.  A row's loss is a mean over its own real tokens (or pairs of
+them), so it depends on no padding, no micro batch and no rank.
 
 Letters: B rows, L positions, D features, H heads, d features of a head.  s_ is the student's, t_ the teacher's.
 """
 
-from typing import Protocol
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,18 +21,18 @@ from torch import Tensor
 TERMS = ("embedding", "hidden", "attention")
 
 
-class Traced(Protocol):
-    """See pretrain.encoder.Trace: hidden states, and projected queries and keys, layer by layer."""
+@dataclass(frozen=True)
+class Trace:
+    """What one encoder computed.  hidden[0] is the embedding output, hidden[i] the output of layer i."""
 
-    hidden: tuple[Tensor, ...]
-    queries: tuple[Tensor, ...]
-    keys: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]  # layers + 1 of (B, L, D)
+    queries: tuple[Tensor, ...]  # layers of (B, H, L, d), projected, not scaled
+    keys: tuple[Tensor, ...]  # layers of (B, H, L, d)
 
 
 def hidden_mse(s_BLD: Tensor, t_BLD: Tensor, real_BL: Tensor) -> Tensor:
     """Mean squared difference over a row's real tokens and features (eq. 8 and 9) -> (B,) float32."""
-    squares_BL = (s_BLD.float() - t_BLD.float()).square().mean(-1)
-    return (squares_BL * real_BL).sum(-1) / real_BL.sum(-1)
+    return ((s_BLD.float() - t_BLD.float()).square().mean(-1) * real_BL).sum(-1) / real_BL.sum(-1)
 
 
 def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor) -> Tensor:
@@ -39,53 +41,100 @@ def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor) -
     Queries and keys are (B, H, L, d), not scaled; the two models have as many heads, of any two widths.
     """
     if sq.shape[1] != tq.shape[1]:
-        raise ValueError(f"the student has {sq.shape[1]} heads, the teacher {tq.shape[1]}: scores cannot be compared")
+        raise ValueError(f"the student has {sq.shape[1]} heads, the teacher {tq.shape[1]}: scores cannot be compared head by "
+                         "head; write relation_heads=R with R a divisor of both widths")
     mask = real_BL[:, None, :, None].float()
     sq, sk, tq, tk = (x.float() * mask for x in (sq, sk, tq, tk))
     s_width, t_width = sq.shape[-1], tq.shape[-1]
     if s_width == t_width:  # the form on differences: exact zero for equal models, six digits near them
-        q, k = torch.cat([sq - tq, tq], -1), torch.cat([sk, sk - tk], -1)
-        total_BH = ((q.mT @ q) * (k.mT @ k)).sum((-1, -2)) / s_width
+        q, k, scale = torch.cat([sq - tq, tq], -1), torch.cat([sk, sk - tk], -1), 1 / s_width
     else:  # a difference of large sums: float32 error about 1e-7 (|S_s|^2 + |S_t|^2)
-        q, k = torch.cat([sq, -tq], -1), torch.cat([sk, tk], -1)
-        scale = torch.cat([sq.new_full((s_width,), s_width**-0.5), sq.new_full((t_width,), t_width**-0.5)])
-        total_BH = ((q.mT @ q) * (k.mT @ k) * (scale[:, None] * scale)).sum((-1, -2))
-    return total_BH.mean(-1) / real_BL.sum(-1).float().square()
+        q, k, scale = torch.cat([sq * s_width**-0.5, tq * -(t_width**-0.5)], -1), torch.cat([sk, tk], -1), 1.0
+    total_BH = scale * ((q.mT @ q) * (k.mT @ k)).sum((-1, -2))
+    return total_BH.mean(-1) / real_BL.sum(-1).float() ** 2
 
 
-def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list[int]:
-    """The teacher layer (from 1) that each student layer imitates.
+def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
+    """The teacher layer (from 1) that each student layer imitates; with explicit groups a tuple of them, maybe empty.
 
     `uniform` is TinyBERT's own map where M divides N and rounds half up elsewhere: 2, 3, 5, 6 for N=6, M=4.
+    Groups, `1:3-5,2:6-8,4:12`: a student layer against the mean of the losses to several teacher layers.
     """
     m_all, n = range(1, student_layers + 1), teacher_layers
+    if ":" in kind:
+        groups = dict.fromkeys(m_all, ())
+        for part in kind.split(","):
+            found = re.fullmatch(r"(\d+):(\d+)(?:-(\d+))?", part)
+            m, low, high = (int(x or found[2]) for x in found.groups()) if found else (0, 0, 0)
+            if groups.get(m) != () or not 1 <= low <= high <= n:
+                raise ValueError(f"layer_map={kind!r}: cannot use {part!r}; write each student layer (1 to {student_layers}) "
+                                 f"once, with teacher layers (1 to {n}), such as 1:1-2,2:{n}")
+            groups[m] = tuple(range(low, high + 1))
+        return list(groups.values())
     if student_layers > teacher_layers:
         raise ValueError(f"a student of {student_layers} layers is deeper than its teacher of {teacher_layers}; "
                          f"write layers={teacher_layers} or fewer")
-    if kind == "uniform":
-        return [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all]
-    if kind == "last":
-        return [n - student_layers + m for m in m_all]
-    if kind == "first":
-        return list(m_all)
-    raise ValueError(f"layer_map={kind!r}: there are uniform, last, first")
+    maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],
+            "last": [n - student_layers + m for m in m_all], "first": list(m_all)}
+    if kind not in maps:
+        raise ValueError(f"layer_map={kind!r}: there are {', '.join(maps)}, and groups such as 1:3-5,2:6-8")
+    return maps[kind]
 
 
-def distil(student: Traced, teacher: Traced, real_BL: Tensor, layers: list[int]) -> dict[str, Tensor]:
-    """Every term of the loss for each row: `embedding`, `hidden/1`, ..., `attention/1`, ... -> (B,) float32.
+def _group(layer: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (layer,) if isinstance(layer, int) else layer
+
+
+def one_layer_each(layers: list, teacher_layers: int) -> list[int]:
+    """For copies: the last teacher layer of each student layer's group; the uniform map's where it has none."""
+    uniform = layer_map("uniform", len(layers), teacher_layers)
+    return [(other, *_group(layer))[-1] for layer, other in zip(layers, uniform, strict=True)]
+
+
+def term_names(layers: list, kinds: Iterable[str]) -> list[str]:
+    """The terms that `distil` gives, in its order: `embedding`, `hidden/1`, ..., `attention/1`, ..."""
+    each = [m for m, layer in enumerate(layers, start=1) if _group(layer)]
+    return [name for kind in kinds for name in (["embedding"] if kind == "embedding" else [f"{kind}/{m}" for m in each])]
+
+
+def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds: Iterable[str] = TERMS,
+           relation_heads: int | None = None) -> dict[str, Tensor]:
+    """Every term of the loss for each row -> (B,) float32, by the names of `term_names`.
 
     `real_BL` is True on tokens; student's hidden states have the teacher's width (projected where they must be).
+    With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv 2012.15828).
     """
+    def scored(x: Trace, layer: int) -> list[Tensor]:
+        return [part.transpose(1, 2).flatten(2).unflatten(-1, (relation_heads or part.shape[1], -1)).transpose(1, 2)
+                for part in (x.queries[layer - 1], x.keys[layer - 1])]
+
+    def term(name: str) -> Tensor:
+        m = int(name.partition("/")[2] or 0)
+        group = _group(layers[m - 1]) if m else (0,)
+        return sum(score_mse(*scored(student, m), *scored(teacher, n), real_BL) if name.startswith("attention") else
+                   hidden_mse(student.hidden[m], teacher.hidden[n], real_BL) for n in group) / len(group)
+
     with torch.autocast(real_BL.device.type, enabled=False):
-        terms = {"embedding": hidden_mse(student.hidden[0], teacher.hidden[0], real_BL)}
-        for m, n in enumerate(layers, start=1):
-            terms[f"hidden/{m}"] = hidden_mse(student.hidden[m], teacher.hidden[n], real_BL)
-        for m, n in enumerate(layers, start=1):
-            terms[f"attention/{m}"] = score_mse(student.queries[m - 1], student.keys[m - 1],
-                                                teacher.queries[n - 1], teacher.keys[n - 1], real_BL)
-    return terms
+        return {name: term(name) for name in term_names(layers, kinds)}
 
 
-def weighted(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """The terms' sum (B,), each layer's term with the weight of its kind; TinyBERT's are all 1."""
-    return torch.stack([weights[name.partition("/")[0]] * value for name, value in terms.items()]).sum(0)
+def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
+    """The terms' sum (B,), each term with its own weight, or that of its kind; TinyBERT's are all 1."""
+    return torch.stack([weights.get(name, weights.get(name.partition("/")[0])) * x for name, x in terms.items()]).sum(0)
+
+
+def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:
+    """Each term's weight: its kind's times that of its student layer m, the embeddings being 0.
+
+    The rule is `equal`, `inverse` (1/(m+1)), or M+1 numbers, the embeddings' first.
+    """
+    count = len(layers) + 1
+    if rule in ("equal", "inverse"):
+        factors = [1 / (m + 1) if rule == "inverse" else 1.0 for m in range(count)]
+    elif re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and rule.count(",") == count - 1:
+        factors = [float(number) for number in rule.split(",")]
+    else:
+        raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
+                         f"embeddings' first, such as {','.join(['1'] * count)}")
+    split = (name.partition("/") for name in term_names(layers, kinds))
+    return {kind + slash + m: kinds[kind] * factors[int(m or 0)] for kind, slash, m in split}

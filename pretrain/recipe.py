@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -24,39 +24,41 @@ class Recipe:
     warmup: float = 0.1  # a share of the steps; an integer above 1 is steps
     weight_decay: float = 0.01  # not on bias and LayerNorm
     clip: float = 1.0  # largest global gradient norm
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, written betas=0.9,0.999
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.999  # AdamW's
     eps: float = 1e-6  # AdamW's
     seed: int = 0  # of the order of rows, the masks' set and the students' first weights
     lanes: int | None = None  # bounds the ranks a run can use; None: the largest divisor of batch up to 64
-    mask: str = "precomputed"  # precomputed: the pass's mask set of the shards; none: the rows unmasked
-    init: str = "auto"  # teacher: copied embeddings and layers; random; auto: teacher where the shapes agree
-    layer_map: str = "uniform"  # uniform, last or first: the teacher layer of each student layer
+    mask: str = "precomputed"  # the pass's mask set of the shards; dynamic: new masks in each pass; none
+    init: str = "auto"  # teacher: copied embeddings and layers; random; auto: teacher where it fits
+    layer_map: str = "uniform"  # uniform, last, first, or groups such as 1:3-5,2:6-8: each student layer's teacher layers
+    layer_weights: str = "equal"  # inverse: 1/(m+1); or numbers, the embeddings' first
     dropout: float = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch
     embedding: float = 1.0  # weight of the embedding term
     hidden: float = 1.0  # weight of each layer's hidden term
     attention: float = 1.0  # weight of each layer's attention-score term
+    relation_heads: int | None = None  # both models' heads joined and cut into so many, for the scores
     log_every: int = 10  # steps between two logged lines
     save_every: int = 500  # steps between two checkpoints; the last step always saves
+    keep_every: int = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
+    deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: int = 500  # steps between two looks at the held-out rows; first and last step always
 
     def __post_init__(self):
-        at_least = {"steps": 1, "batch": 1, "lanes": 1, "log_every": 1, "save_every": 1, "eval_every": 1, "seed": 0,
-                    "lr": 0, "warmup": 0, "weight_decay": 0, "clip": 0, "eps": 0, "dropout": 0, "embedding": 0,
-                    "hidden": 0, "attention": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and not (value >= least and math.isfinite(value)):
+        for name, value in asdict(self).items():
+            least = int(name in ("steps", "batch", "lanes", "log_every", "save_every", "eval_every", "relation_heads"))
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
                 raise ValueError(f"{name}={value}: must be a number of at least {least}")
+            if name in ("dropout", "beta1", "beta2") and value >= 1:
+                raise ValueError(f"{name}={value}: must be from 0 to below 1")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: must be from 0 to below 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas}: two numbers from 0 to below 1, written betas=0.9,0.999")
         for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
+            if getattr(self, name) not in known and not (name == "layer_map" and ":" in self.layer_map):
                 raise ValueError(f"{name}={getattr(self, name)!r}{did_you_mean(getattr(self, name), known)} "
                                  f"(there are {', '.join(known)})")
+        if not self.weights:
+            raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
             raise ValueError(f"batch={self.batch} does not divide over lanes={self.lanes}; write a batch that is a "
                              f"multiple of it, such as batch={max(1, round(self.batch / self.lanes)) * self.lanes}")
@@ -75,11 +77,13 @@ class Recipe:
 
     @property
     def weights(self) -> dict[str, float]:
-        return {"embedding": self.embedding, "hidden": self.hidden, "attention": self.attention}
+        """Of the kinds of terms; one of weight 0 is not computed."""
+        return {kind: getattr(self, kind) for kind in ("embedding", "hidden", "attention") if getattr(self, kind)}
 
 
-CHOICES = {"mask": ("precomputed", "none"), "init": ("auto", "teacher", "random"), "layer_map": ("uniform", "last", "first")}
-NOT_LEARNED = ("log_every", "save_every", "eval_every")  # may change between a run and its resume
+CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "random"),
+           "layer_map": ("uniform", "last", "first")}
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic")  # may change between a run and its resume
 
 # TinyBERT's own numbers, but for two of its traps: the reference clips each tensor by itself and its Adam
 # does not correct the bias.  lr: 5e-5 in the reference's defaults, 1e-4 in later published runs.
@@ -93,30 +97,22 @@ def override(recipe, settings: Iterable[str]):
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ValueError(f"{setting!r} is no setting; write key=value, such as batch={recipe.batch} "
-                             "(options begin with --)")
+            raise ValueError(f"{setting!r} is no setting; write key=value (options begin with --)")
         if key not in hints:
             raise ValueError(f"unknown setting {key!r}{did_you_mean(key, hints)} (there are {', '.join(hints)})")
-        changes[key] = _read(key, text, hints[key], getattr(recipe, key))
+        kind, example = hints[key], getattr(recipe, key)
+        if isinstance(kind, types.UnionType):  # int | None
+            kind, example = typing.get_args(kind)[0], example or 100
+        try:
+            changes[key] = bool(["false", "true"].index(text)) if kind is bool else kind(text)
+        except ValueError:
+            raise ValueError(f"{key}: cannot read {text!r} as {kind.__name__}; write {key}={str(example).lower()}") from None
     return replace(recipe, **changes)
-
-
-def _read(key: str, text: str, kind, example):
-    if isinstance(kind, types.UnionType):  # int | None
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
-    try:
-        if typing.get_origin(kind) is tuple:
-            return tuple(float(part) for part in text.split(","))
-        return kind(text.replace("_", "") if kind is int else text)
-    except ValueError:
-        name = getattr(kind, "__name__", "two numbers")
-        example = 100 if example is None else example
-        raise ValueError(f"{key}: cannot read {text!r} as {name}; write {key}={example}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A student's size.  Named ones are in SHAPES; `name:layers=3,hidden=288` changes some numbers."""
+    """A student's size.  Named ones are in SHAPES."""
 
     layers: int
     hidden: int
@@ -126,11 +122,10 @@ class Shape:
     def __post_init__(self):
         for name, value in asdict(self).items():
             if value < 1:
-                raise ValueError(f"student: {name}={value} must be at least 1")
+                raise ValueError(f"{name}={value} must be at least 1")
         if self.hidden % self.heads:
-            near = max(1, self.hidden // self.heads) * self.heads
-            raise ValueError(f"student: hidden={self.hidden} does not divide over heads={self.heads}; "
-                             f"write hidden={near} or another number of heads")
+            raise ValueError(f"hidden={self.hidden} does not divide over heads={self.heads}; write "
+                             f"hidden={max(1, self.hidden // self.heads) * self.heads} or another number of heads")
 
 
 SHAPES = {
@@ -147,13 +142,7 @@ def parse_student(spec: str) -> tuple[str, Shape]:
     if name not in SHAPES:
         raise ValueError(f"unknown student {name!r}{did_you_mean(name, SHAPES)} (there are {', '.join(SHAPES)}; change "
                          "one with NAME:layers=3,hidden=288)")
-    known = [field.name for field in fields(Shape)]
-    changes = {}
-    for part in filter(None, numbers.split(",")):
-        key, _, value = part.partition("=")
-        if key not in known:
-            raise ValueError(f"student {spec!r}: no number {key!r}{did_you_mean(key, known)} (there are {', '.join(known)})")
-        if not value.isdigit():
-            raise ValueError(f"student {spec!r}: cannot read {key}={value!r} as an integer")
-        changes[key] = int(value)
-    return re.sub(r"[:,=]", "-", spec), replace(SHAPES[name], **changes)
+    try:
+        return re.sub(r"[:,=]", "-", spec), override(SHAPES[name], filter(None, numbers.split(",")))
+    except ValueError as error:
+        raise ValueError(f"--student {spec}: {error}") from None

@@ -1,30 +1,33 @@
 """The loop of general distillation: where stream, objective and engine meet."""
 
 import hashlib
-import json
-import platform
+import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.encoder import build_student, check_trace, load_teacher, trace
-from pretrain.engine import Engine, Ranks, machine
-from pretrain.export import export
-from pretrain.monitor import Monitor, Window, say
+from pretrain.encoder import build_student, check_trace, load_teacher, trace, windowed
+from pretrain.engine import Engine, machine, to_universal
+from pretrain.export import export, recover
+from pretrain.monitor import Monitor, Window
 from pretrain.objective import distil, weighted
 from pretrain.plan import Plan
-from shards.block import read_shard, written_whole
-from shards.stream import Batch, Stream, held_out_batches, micro_rows
+from pretrain.ranks import Ranks
+from pretrain.signals import PREEMPTED, StopRequest
+from shards.block import read_shard
+from shards.dynamic import DynamicMasks
+from shards.stream import Batch, Stream, micro_rows
 
 HELD_OUT_ROWS = 256  # the first held-out rows, on which the objective is looked at
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -33,159 +36,160 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Run:
     """One process of a run.  Every method is called by all ranks alike."""
 
-    def __init__(self, plan: Plan, ranks: Ranks):
-        self.plan, self.ranks, self.recipe = plan, ranks, plan.recipe
+    def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest):
+        self.plan, self.ranks, self.recipe, self.stop = plan, ranks, plan.recipe, stop
         self.out = Path(plan.options.out)
         self.most = plan.engine["train_micro_batch_size_per_gpu"]  # the most rows held at once
-        self._together(self._open_shards)
-        self._together(self._load)
-        self._together(self._open_out)
-        self.step = self._resume()
-        self.monitor = Monitor(self.out, first=self.step, steps=self.recipe.steps) if ranks.rank == 0 else None
+        if self.recipe.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets, which are GBs, at each step
+        ranks.together(self._open_inputs)
+        ranks.first(self._open_out)
+        self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
+        self._resume()
+        self._begin()
 
-    def _together(self, work: Callable[[], None]) -> None:
-        """Work that may fail on one rank: then all fail."""
-        error = None
-        try:
-            work()
-        except (ValueError, OSError) as caught:
-            error = caught
-        self.ranks.agree(error)
-
-    def _load(self) -> None:
-        """The teacher, and the students in their engines.  Copied layers come from the teacher's float32 weights."""
-        plan, recipe = self.plan, self.recipe
-        self.teacher = load_teacher(plan.options.teacher, torch.float32, self.ranks.device)
-        self.teacher_is = _identity(self.teacher)
-        self.engines = [self._engine(name) for name in plan.students]
-        self.teacher.to(DTYPES[plan.teacher_dtype])
-        check_trace(self.teacher)
-        # A student's dropout: from (seed, rank), and from the checkpoint after a resume.
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{recipe.seed} dropout {self.ranks.rank}".encode()).digest()[:7], "big"))
-
-    def _open_shards(self) -> None:
-        plan, ranks, recipe = self.plan, self.ranks, self.recipe
-        read = partial(read_shard, Path(plan.options.shards))
-        self.stream = Stream(plan.manifest, read, seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
-                             rank=ranks.rank, world=ranks.world, mask=recipe.mask)
+    def _open_inputs(self) -> None:
+        """The teacher is in float32, from which copied layers come, until the students are made."""
+        plan, ranks, recipe, folder = self.plan, self.ranks, self.recipe, self.plan.options.shards
+        mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
+        self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
+                             rank=ranks.rank, world=ranks.world, mask=mask)
         self.micro = micro_rows(len(self.stream.mine), self.most)
-        self.held_out = held_out_batches(plan.manifest, read, most=HELD_OUT_ROWS, rank=ranks.rank, world=ranks.world,
-                                         micro=self.micro, mask=recipe.mask)
+        self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
+        self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
+        if layers := windowed(self.teacher.config):
+            ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
 
     def _open_out(self) -> None:
         """With --fresh the old run is renamed first; nothing is deleted."""
-        if self.ranks.rank == 0:
-            if self.plan.options.fresh and self.out.exists():
-                number = next(n for n in range(1, 10**6) if not self.out.with_name(f"{self.out.name}.{n}").exists())
-                self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
-                say(0, f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
-            self.out.mkdir(parents=True, exist_ok=True)
+        if self.plan.options.fresh and self.out.exists():
+            number = next(n for n in range(1, 10**6) if not self.out.with_name(f"{self.out.name}.{n}").exists())
+            self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
+            self.ranks.say(f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        recover(self.out / "students")
 
-    def _engine(self, name: str) -> Engine:
-        shape, init = self.plan.students[name], self.plan.inits[name]
-        student = build_student(name, shape, self.teacher, self.plan.layers[name], init=init, seed=self.recipe.seed,
-                                dropout=self.recipe.dropout)
-        parameters = sum(p.numel() for p in student.encoder.parameters())
-        say(self.ranks.rank, f"student {name}: {shape.layers} layers of {shape.hidden}, {parameters / 1e6:.1f} M parameters, "
-            f"init={init}, like teacher layers {self.plan.layers[name]}")
-        return Engine(name, student, self.recipe, self.plan.engine, self.micro)
+    def _resume(self) -> None:
+        """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
+        plan, sums = self.plan, "".join(shard.sha256 for shard in self.plan.manifest.shards)
+        settings = {**asdict(self.recipe), "students": {name: asdict(shape) for name, shape in plan.students.items()},
+                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": checkpoint.identity(self.teacher)}
+        self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
+        found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
+        self.saved, self.step, notes, universal = found or (None, 0, [], False)
+        for note in notes:
+            self.ranks.say(note)
+        source = self.ranks.first(partial(to_universal, self.saved, list(plan.students))) if universal else self.saved
+        self.ranks.together(partial(self._load_students, source, universal))
+        if universal:
+            self.ranks.first(partial(shutil.rmtree, source))
 
-    def about(self) -> dict:
-        """What must not change between a run and its resume, and what a checkpoint's files depend on."""
-        sums = "".join(shard.sha256 for shard in self.plan.manifest.shards)
-        return {"recipe": json.loads(json.dumps(asdict(self.recipe))),
-                "students": {name: asdict(shape) for name, shape in self.plan.students.items()},
-                "shards": hashlib.sha256(sums.encode()).hexdigest(),
-                "teacher": self.teacher_is,
-                "machine": machine(self.plan.engine, self.ranks.world)}
+    def _load_students(self, source: Path | None, universal: bool) -> None:
+        self.engines = []
+        for name, shape in self.plan.students.items():
+            layers, init = self.plan.layers[name], self.plan.inits[name]
+            student = build_student(name, shape, self.teacher, layers, init=init, seed=self.recipe.seed,
+                                    dropout=self.recipe.dropout)
+            parameters = sum(p.numel() for p in student.encoder.parameters())
+            self.ranks.say(f"student {name}: {shape.layers} layers of {shape.hidden}, {parameters / 1e6:.1f} M parameters, "
+                           f"init={init}, like teacher layers {layers}" + (", () without a layer loss" if () in layers else ""))
+            self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
+                                       drawn_at=self.step, universal=universal))
+            if source:
+                self.engines[-1].load(source, random=not universal)
+        self.teacher.to(DTYPES[self.plan.teacher_dtype])
+        check_trace(self.teacher)
 
-    def _resume(self) -> int:
-        """The step to go on from: the newest good checkpoint's, or 0."""
-        found = checkpoint.newest_good(self.out / "checkpoints", self.ranks)
-        if found is None:
-            return 0
-        tag, facts, faults = found
-        for fault in faults:
-            say(self.ranks.rank, f"passed over: {fault}")
-        checkpoint.check_same(facts, self.about(), tag)
-        if facts["step"] > self.recipe.steps:
-            raise ValueError(f"{tag} is {facts['step']} steps old already; write steps={facts['step']} or more, or --fresh")
-        checkpoint.load(tag, self.engines, self.ranks)
-        say(self.ranks.rank, f"goes on from {tag} (row {facts['rows']:,})")
-        return facts["step"]
-
-    def finish(self) -> None:
-        """Train to the last step, then export every student."""
-        self._say_plan()
+    def finish(self) -> int:
+        """Train to the last step, then export every student -> the exit code, PREEMPTED where it was asked to stop."""
         if self.step == self.recipe.steps:
-            say(self.ranks.rank, f"all {self.step} steps are done; for more write steps=N, to begin anew --fresh")
+            self.ranks.say(f"all {self.step} steps are done; for more write steps=N, to begin anew --fresh")
         else:
             self._train()
-        self._export()
         if self.monitor:
             self.monitor.close()
+        if self.step < self.recipe.steps:
+            self.ranks.say(f"stopped after step {self.step} of {self.recipe.steps}; last checkpoint: {self.saved}; the same "
+                           f"command goes on (exit code {PREEMPTED})")
+            return PREEMPTED
+        for engine in self.engines:
+            folder = self.out / "students" / engine.name
+            self.ranks.first(partial(export, folder, engine.module, engine.weights(), self.plan.tokenizer))
+            self.ranks.say(f"student {engine.name} is in {folder}")
+        return 0
 
-    def _say_plan(self) -> None:
-        recipe, manifest, plan = self.recipe, self.plan.manifest, self.plan
-        accumulation = len(self.stream.mine) // self.micro
-        say(self.ranks.rank, f"device {self.ranks.device.type}, {self.ranks.world} ranks, engine {plan.engine_file}, teacher in "
-            f"{plan.teacher_dtype}; batch {recipe.batch} = {self.micro} rows x {accumulation} micro batches x "
-            f"{self.ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
-            f"{recipe.steps * recipe.batch / manifest.rows:.2f} passes over {manifest.rows:,} rows; "
-            f"tensorboard --logdir {self.out}")
-        if self.monitor:
-            facts = {"settings": asdict(recipe), "students": {n: asdict(s) for n, s in plan.students.items()},
-                     "init": plan.inits, "layers": plan.layers, "options": vars(plan.options), "engine": plan.engine,
-                     "teacher_dtype": plan.teacher_dtype, "ranks": self.ranks.world, "device": str(self.ranks.device),
-                     "command": sys.argv, "python": platform.python_version(),
-                     "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
-            text = json.dumps(facts, indent=1)
-            with written_whole(self.out / "run.json") as file:
-                file.write(text.encode())
-            self.monitor.text("run.json", "    " + text.replace("\n", "\n    "))
+    def _begin(self) -> None:
+        """Say what the run will be, on the screen and in run.json."""
+        recipe, plan, ranks, rows = self.recipe, self.plan, self.ranks, self.plan.manifest.rows
+        ranks.say(f"device {ranks.device.type}, {ranks.world} ranks, engine {plan.engine_file}, teacher in {plan.teacher_dtype}; "
+                  f"batch {recipe.batch} = {self.micro} rows x {len(self.stream.mine) // self.micro} micro batches x "
+                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
+                  f"{recipe.steps * recipe.batch / rows:.2f} passes over {rows:,} rows; tensorboard --logdir {self.out}")
+        about = {**self.about, "options": vars(plan.options), "init": plan.inits, "layers": plan.layers, "engine": plan.engine,
+                 "command": sys.argv, "teacher_dtype": plan.teacher_dtype,
+                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
+        self.monitor = Monitor(self.out, first=self.step, steps=recipe.steps, about=about) if ranks.rank == 0 else None
 
     def _train(self) -> None:
-        """Read ahead by one thread, step, and log, look at held-out rows and save when due."""
-        recipe = self.recipe
-        window = Window(self.ranks)
-        if self.step == 0:
-            self._log({"rows": 0, **self._look_at_held_out()})
+        """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
+        recipe, window = self.recipe, Window()
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
-            coming = ahead.submit(self._read, self.step)
-            while self.step < recipe.steps:
-                batches = self._batches(coming, window)
-                if self.step + 1 < recipe.steps:
-                    coming = ahead.submit(self._read, self.step + 1)
+            batches, stop = self._agree(ahead.submit(self._read, self.step), window)
+            if self.step == 0 and not stop:
+                self._log({"rows": 0, **self._look_at_held_out()})
+            while self.step < recipe.steps and not stop:
+                coming = ahead.submit(self._read, self.step + 1)
                 self._update(batches, window)
                 self.step += 1
+                batches, stop = self._agree(coming, window)
+                save = stop or self._due(recipe.save_every)
                 figures = {}
-                if self._due(recipe.log_every):
-                    figures, window = self._figures(window), Window(self.ranks)
+                if save or self._due(recipe.log_every):  # at a save too: the figures of a resumed run begin there
+                    figures, window = self._figures(window), Window()
                 pause = time.perf_counter()
                 if self._due(recipe.eval_every):
                     figures |= {"rows": self.step * recipe.batch, **self._look_at_held_out()}
                 self._log(figures)
-                if self._due(recipe.save_every):
-                    checkpoint.save(self.out / "checkpoints", self.engines, self.ranks, step=self.step,
-                                    rows=self.step * recipe.batch, about=self.about())
+                if save:
+                    self.saved = checkpoint.save(self.out / "checkpoints", self.engines, self.ranks, step=self.step,
+                                                 about=self.about, keep_every=recipe.keep_every, last=self.saved)
                 window.begin += time.perf_counter() - pause  # rates are those of training alone
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or self.step % every == 0
 
-    def _batches(self, coming: Future, window: Window) -> list[Batch]:
-        """What the thread read; a shard that one rank cannot read ends the run on all ranks."""
-        begin, error, batches = time.perf_counter(), None, []
+    def _read(self, step: int) -> list[Batch]:
+        return self.stream.batches(step * self.recipe.batch, self.most) if step < self.recipe.steps else []
+
+    def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
+        """The next step's rows, and whether any rank was asked to stop: one all-reduce a step, before anything is saved.
+
+        An update that went wrong on one rank, or a shard that one cannot read, ends the run on all ranks.
+        """
+        begin, error, batches = time.perf_counter(), self._trouble(), []
         try:
             batches = coming.result()
         except ValueError as caught:
-            error = caught
+            error = error or caught
         window.waited += time.perf_counter() - begin
-        self.ranks.agree(error)
-        return batches
+        return batches, self.ranks.agree(error, self.stop.asked())
 
-    def _read(self, step: int) -> list[Batch]:
-        return self.stream.batches(step * self.recipe.batch, self.most)
+    def _trouble(self) -> ValueError | None:
+        """What was wrong with this rank's share of the last update, and with which rows."""
+        for engine, losses in self.row_losses.items():
+            wrong, blamed = engine.trouble(), self.row_numbers
+            if not torch.cat(losses).sum().isfinite():
+                wrong, blamed = "the loss is not finite", blamed[~torch.cat(losses).isfinite().cpu().numpy()]
+            if wrong:
+                shards = np.searchsorted(self.stream.first_row, blamed, side="right") - 1
+                places = [f"{self.plan.manifest.shards[shard].name.removesuffix('.tar')}:{row - self.stream.first_row[shard]}"
+                          for shard, row in zip(shards, blamed, strict=True)]
+                return ValueError(f"student {engine.name}: {wrong} in step {self.step}; rows {', '.join(places[:8])} "
+                                  "(python -m shards.look --row shows one); last good checkpoint: "
+                                  f"{self.saved}. A smaller lr= or clip=, or bf16, may help")
+        return None
 
     def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
         """One teacher pass, every student in turn: each one's loss terms by row."""
@@ -195,81 +199,47 @@ class Run:
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name])
+            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], self.recipe.weights,
+                                 self.recipe.relation_heads)
 
     def _update(self, batches: list[Batch], window: Window) -> None:
+        self.row_numbers = np.concatenate([batch.numbers for batch in batches])
+        self.row_losses = {engine: [] for engine in self.engines}
         for batch in batches:
             for engine, terms in self._terms(batch):
-                loss = weighted(terms, self.recipe.weights).mean()
-                engine.update(loss, self.step)
-                window.add(engine.name, terms, loss, len(batches))
+                losses = weighted(terms, self.plan.weights[engine.name])
+                self.row_losses[engine].append(losses.detach())
+                engine.update(losses.mean(), self.step)
+                window.add(self._named(engine, {**terms, "loss": losses}))
             window.rows += len(batch.ids)
-            window.tokens += batch.tokens
-        window.steps += 1
+            window.tokens += int(batch.real.sum())
 
     def _figures(self, window: Window) -> dict[str, float]:
-        """Means over the steps since the last logged one, and rates over all ranks.  A non-finite loss ends the run."""
-        figures = {"rows": self.step * self.recipe.batch, **window.means(self._name), "lr": self.recipe.rate(self.step - 1)}
+        """Means over the steps since the last logged one, and rates over all ranks."""
+        figures = {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
+                   "lr": self.recipe.rate(self.step - 1)}
         for engine in self.engines:
-            figures[self._name(engine.name, "grad_norm")] = engine.gradient_norm()
-            loss = figures[self._name(engine.name, "loss")]
-            if not loss < float("inf"):
-                saved = checkpoint.newest_good(self.out / "checkpoints", self.ranks)
-                raise ValueError(f"student {engine.name}: the loss is {loss} before step {self.step}; last good checkpoint: "
-                                 f"{saved[0] if saved else 'none'}. A smaller lr= or clip=, or bf16, may help")
+            figures |= self._named(engine, {"grad_norm": engine.gradient_norm()})
         return figures
 
-    def _name(self, student: str, figure: str) -> str:
+    def _named(self, engine: Engine, figures: dict) -> dict:
         """With one student the figures have plain names; with several the student's stands before them."""
-        return figure if len(self.engines) == 1 else f"{student}/{figure}"
+        return figures if len(self.engines) == 1 else {f"{engine.name}/{name}": value for name, value in figures.items()}
 
     def _log(self, figures: dict[str, float]) -> None:
         if self.monitor:
-            if figures:
-                self.monitor.log(self.step, figures)
-            self.monitor.advance(self.step)
+            self.monitor.log(self.step, figures)
 
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, float]:
         """The objective on the first held-out rows, each row counted once over all ranks."""
-        if not self.plan.manifest.held_out:
-            return {}
+        seen = Window()
         for engine in self.engines:
             engine.module.eval()
-        names = self._term_names()
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
         for batch in self.held_out:
-            values = [v for _, terms in self._terms(batch) for v in (*terms.values(), weighted(terms, self.recipe.weights))]
-            sums[:-1] += torch.stack([v.double().sum() for v in values]).cpu()
-            sums[-1] += len(batch.ids)
+            for engine, terms in self._terms(batch):
+                seen.add(self._named(engine, {**terms, "loss": weighted(terms, self.plan.weights[engine.name])}))
+            seen.rows += len(batch.ids)
         for engine in self.engines:
             engine.module.train()
-        sums = self._sum_over_ranks(sums)
-        return {f"held_out/{name}": (value / sums[-1]).item() for name, value in zip(names, sums[:-1], strict=True)}
-
-    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
-        sums = sums.to(self.ranks.device)
-        dist.all_reduce(sums)
-        return sums.cpu()
-
-    def _term_names(self) -> list[str]:
-        return [self._name(name, term) for name, layers in self.plan.layers.items()
-                for term in ("embedding", *(f"hidden/{m + 1}" for m in range(len(layers))),
-                             *(f"attention/{m + 1}" for m in range(len(layers))), "loss")]
-
-    def _export(self) -> None:
-        for engine in self.engines:
-            weights = engine.weights()
-            if self.ranks.rank == 0:
-                folder = self.out / "students" / engine.name
-                export(folder, engine.module, weights, self.plan.tokenizer)
-                say(0, f"student {engine.name} is in {folder}")
-        dist.barrier()
-
-
-def _identity(teacher: torch.nn.Module) -> str:
-    """Tells teachers apart by some of their float32 weights, wherever they lie."""
-    sha256 = hashlib.sha256()
-    for parameter in teacher.parameters():
-        sha256.update(parameter.detach().flatten()[:1024].cpu().numpy().tobytes())
-    return sha256.hexdigest()
+        return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}

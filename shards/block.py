@@ -19,9 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.opener import address, fetch, local
+
 FORMAT = 1
 BLOCK_ROWS = 512  # one sample; larger blocks read no faster
-SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # a manifest may only name files beside it
+SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # a manifest may only name files beside it
+NPY = re.compile(rb"\x93NUMPY\x01\x00..\{'descr': '([<|]u[1248])', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n", re.S)
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,11 @@ class Block:
     @staticmethod
     def joined(blocks: list["Block"]) -> "Block":
         """One block of all rows; masks stay set by set."""
-        sets = [np.split(b.mask_positions, np.cumsum(b.mask_counts.sum(1))[:-1]) for b in blocks]
-        kept = [np.split(b.mask_ids, np.cumsum(b.mask_counts.sum(1))[:-1]) for b in blocks]
-        flat = {name: np.concatenate([getattr(b, name) for b in blocks])
-                for name in ("ids", "lengths", "first", "is_random")}
-        return Block(
-            **flat,
-            mask_counts=np.concatenate([b.mask_counts for b in blocks], axis=1),
-            mask_positions=np.concatenate([part for s in zip(*sets, strict=True) for part in s]),
-            mask_ids=np.concatenate([part for s in zip(*kept, strict=True) for part in s]),
-        )
+        parts = {name: [getattr(block, name) for block in blocks] for name in MEMBERS}
+        for name in ("mask_positions", "mask_ids"):
+            sets = [np.split(getattr(block, name), block.mask_counts.sum(1).cumsum()[:-1].astype(int)) for block in blocks]
+            parts[name] = [part for one_set in zip(*sets, strict=True) for part in one_set]
+        return Block(**{name: np.concatenate(arrays, axis=-1) for name, arrays in parts.items()})
 
 
 MEMBERS = tuple(field.name for field in fields(Block))
@@ -81,18 +79,6 @@ def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
         part.unlink(missing_ok=True)
 
 
-class _Hashed:
-    """A file to write to that sums what passes."""
-
-    def __init__(self, file: io.BufferedWriter):
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self.file.write(data)
-
-
 @dataclass(frozen=True)
 class Shard:
     """One tar, as the manifest lists it."""
@@ -106,63 +92,72 @@ class Shard:
 
 def write_shard(path: Path, blocks: Iterable[Block]) -> Shard:
     """Write one tar, whole or not at all; the same blocks give the same bytes."""
-    rows = tokens = 0
-    with written_whole(path) as raw:
-        hashed = _Hashed(raw)
-        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
-            for number, block in enumerate(blocks):
-                for name in MEMBERS:
-                    payload = io.BytesIO()
-                    np.save(payload, np.ascontiguousarray(getattr(block, name)), allow_pickle=False)
-                    member = tarfile.TarInfo(f"{number:05d}.{name}.npy")  # mtime 0, owner 0
-                    member.size = payload.tell()
-                    payload.seek(0)
-                    tar.addfile(member, payload)
-                rows += block.rows
-                tokens += len(block.ids)
-    return Shard(path.name, rows, tokens, hashed.bytes, hashed.sha256.hexdigest())
+    rows, tokens, whole = 0, 0, io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, block in enumerate(blocks):
+            for name in MEMBERS:
+                payload = io.BytesIO()
+                np.save(payload, np.ascontiguousarray(getattr(block, name)), allow_pickle=False)
+                member = tarfile.TarInfo(f"{number:05d}.{name}.npy")  # mtime 0, owner 0
+                member.size = payload.tell()
+                payload.seek(0)
+                tar.addfile(member, payload)
+            rows += block.rows
+            tokens += len(block.ids)
+    return Shard(path.name, rows, tokens, len(whole.getbuffer()), _write(path, whole.getbuffer()))
 
 
-def read_blocks(data: bytes, name: str) -> Iterator[Block]:
-    """The blocks of one tar held in memory.  ValueError names the shard and what is wrong with it."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            arrays: dict[str, np.ndarray] = {}
-            for member in tar:
-                field = member.name.split(".")[1]
-                arrays[field] = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
-                if field == MEMBERS[-1]:
-                    yield Block(**arrays)
-                    arrays = {}
-    except (tarfile.TarError, EOFError, OSError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f"shard {name}: not readable as blocks of rows ({error})") from error
+def _write(path: Path, data: bytes) -> str:
+    """Write a file -> its sha256."""
+    with written_whole(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def shard_path(folder: Path, shard: Shard) -> Path:
     """Where a listed shard lies, in its full length.  ValueError names it where it is missing or cut."""
     path = folder / shard.name
-    size = path.stat().st_size if path.is_file() else None
-    if size is None:
+    if not path.is_file():
         raise ValueError(f"shard {path}: missing, but the manifest lists it; build the shards again or copy it back")
-    if size != shard.bytes:
-        raise ValueError(f"shard {path}: {size:,} bytes, but the manifest says {shard.bytes:,} "
-                         "(cut short or overwritten); build or copy it again")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise ValueError(f"shard {path}: {size:,} bytes, but the manifest says {shard.bytes:,}; build or copy it again")
     return path
 
 
-def read_shard(folder: Path, shard: Shard) -> Block:
-    """All rows of one shard, its sum checked first.  ValueError names the shard."""
-    path = shard_path(folder, shard)
+def read_checked(folder: str | Path, name: str, sha256: str, size: int | None = None) -> bytes:
+    """A file beside the manifest.  ValueError names it where it cannot be read or its sum is another one."""
+    where = f"shard {address(folder, name)}"
     try:
-        data = path.read_bytes()
+        data = fetch(folder, name, size)
     except OSError as error:
-        raise ValueError(f"shard {path}: cannot be read ({error.strerror})") from error
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise ValueError(f"shard {path}: its sha256 is not the manifest's (damaged bytes); build or copy it again")
-    block = Block.joined(list(read_blocks(data, str(path))))
-    if block.rows != shard.rows:
-        raise ValueError(f"shard {path}: holds {block.rows:,} rows, but the manifest says {shard.rows:,}")
-    return block
+        raise ValueError(f"{where}: cannot be read ({error.strerror or error})") from error
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{where}: its sha256 is not the manifest's (damaged bytes); build or copy it again")
+    return data
+
+
+def read_shard(folder: str | Path, shard: Shard) -> Block:
+    """All rows of one shard, its size and sum checked first.  ValueError names the shard and what is wrong with it."""
+    if path := local(folder):
+        shard_path(path, shard)
+    where = f"shard {address(folder, shard.name)}"
+    data = read_checked(folder, shard.name, shard.sha256, shard.bytes)
+    arrays, at, members = [], 0, len(MEMBERS)
+    try:
+        while at < len(data) and data[at]:  # headers by hand: tarfile and np.load would take most of a stream's time
+            member, size = data[at:at + 100].rstrip(b"\0").decode(), int(data[at + 124:at + 135], 8)
+            payload = memoryview(data)[at + 512:at + 512 + size]
+            if not (header := NPY.match(payload)):
+                raise ValueError(f"{member} is no array of unsigned integers")
+            shape = [int(n) for n in header[2].split(b",") if n]
+            arrays.append(np.frombuffer(payload, header[1].decode(), offset=header.end()).reshape(shape))
+            at += 512 + -(-size // 512) * 512
+        blocks = [Block(*arrays[n:n + members]) for n in range(0, len(arrays), members)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: not readable as blocks of rows ({error})") from error
+    if (rows := sum(block.rows for block in blocks)) != shard.rows:
+        raise ValueError(f"{where}: holds {rows:,} rows, but the manifest says {shard.rows:,}")
+    return Block.joined(blocks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,30 +174,34 @@ class Manifest:
     shards: tuple[Shard, ...]
     held_out: tuple[Shard, ...]  # rows of documents never trained on
     counts: dict  # what came out: documents, rates, lengths
+    vocabulary: str = ""  # sha256 of vocabulary.npy; empty where a build left none
+
+
+def write_vocabulary(folder: Path, flags: np.ndarray) -> str:
+    """Write vocabulary.npy -> its sha256.  uint8 a token id: 1 special + 2 begins a word + 4 may replace a masked token."""
+    whole = io.BytesIO()
+    np.save(whole, flags.astype(np.uint8), allow_pickle=False)
+    return _write(folder / "vocabulary.npy", whole.getbuffer())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    with written_whole(folder / "manifest.json") as file:
-        file.write(json.dumps(asdict(manifest), indent=1).encode())
+    _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: str | Path) -> Manifest:
     """ValueError says what is missing or wrong and what to run."""
-    path = Path(folder) / "manifest.json"
-    make = f"make shards with: python -m shards.build python-docs --tokenizer bert-base-uncased --out {folder}"
-    if not path.exists():
-        raise ValueError(f"no shards in {folder} ({path} is not there); {make}")
+    where = address(folder, "manifest.json")
+    make = "make shards with: python -m shards.build TEXT_FILES --tokenizer bert-base-uncased --out DIR"
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(fetch(folder, "manifest.json"))
         if raw["format"] != FORMAT:
-            raise ValueError(f"{path}: format {raw['format']}, this version reads format {FORMAT}; {make}")
+            raise ValueError(f"format {raw['format']}, this version reads format {FORMAT}")
         for key in ("shards", "held_out"):
             raw[key] = tuple(Shard(**entry) for entry in raw[key])
-        manifest = Manifest(**raw)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of shards ({error}); {make}") from error
-    for shard in manifest.shards + manifest.held_out:
-        if not SAFE_NAME.fullmatch(shard.name):
-            raise ValueError(f"{path}: a shard is named {shard.name!r}; a manifest may only name files beside it, "
-                             "in letters, digits, '.', '_' and '-'")
-    return manifest
+            if unsafe := [shard.name for shard in raw[key] if not SAFE_NAME.fullmatch(shard.name)]:
+                raise ValueError(f"a shard is named {unsafe[0]!r}; a manifest may only name files beside it, [A-Za-z0-9._-]+")
+        return Manifest(**raw)
+    except OSError as error:
+        raise ValueError(f"no shards in {folder} ({where}: {error.strerror or error}); {make}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: not a manifest of shards ({error}); {make}") from error

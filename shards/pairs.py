@@ -2,13 +2,12 @@
 
 A segment is consecutive sentences of one document, so in the store's flat ids it is a slice, also after truncation: a
 row is four integers until its block is gathered.  Unlike TinyBERT's pregeneration the target length is drawn for every
-row (not once a document), second segments come from the whole corpus, everything is seeded, and masks are drawn for a
-whole block at a time.  Letters: R rows, T tokens of all rows, W words of all rows, P masked positions of all rows.
+row and second segments come from the whole corpus.  Letters: R rows, T tokens, W words, P masked positions of all rows.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,18 +18,7 @@ from shards.tokenizer import Vocabulary
 SHORT_ROWS = 0.1  # share of rows that aim at a length drawn from 2 to the full one (BERT: short_seq_prob)
 RANDOM_NEXT = 0.5
 MASK_PROB = 0.15
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows as slices of the store's ids; B is empty in a row of one segment."""
-
-    a_start: np.ndarray  # R
-    a_end: np.ndarray
-    b_start: np.ndarray
-    b_end: np.ndarray
-    is_random: np.ndarray  # R bool
-    truncated: np.ndarray  # R: tokens cut off
+Draw = Callable[[int, np.ndarray], np.ndarray]  # (purpose 0 to 2, places in the flat ids) -> uint32 of chance for each place
 
 
 def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Generator) -> list[tuple]:
@@ -41,10 +29,10 @@ def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Gen
     `none` (A is the chunk).  A row with a random B uses only A of its chunk: the next row starts with what is put back.
     """
     n = len(ends) - 1
-    draws = rng.random((n, 4)).tolist()
-    rows, i = [], 0
+    rows, draws, i = [], [], 0
     while i < n:
-        short, length, cut, coin = draws[len(rows)]
+        draws = draws or rng.random((min(n - i, 64), 4)).tolist()  # most sentences begin no row
+        short, length, cut, coin = draws.pop()
         target = 2 + int(length * (capacity - 1)) if short < SHORT_ROWS else capacity
         j = min(bisect_left(ends, ends[i] + target, i + 1), n)  # the fewest sentences that reach the target
         a = j if second == "none" or j == i + 1 else i + 1 + int(cut * (j - i - 1))
@@ -54,140 +42,158 @@ def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Gen
     return rows
 
 
-def draw_rows(store: Store, pool: np.ndarray, first: int, last: int, row_length: int, one_segment: bool,
-              rng: np.random.Generator) -> Rows:
-    """The rows of the documents pool[first:last].  Random second segments come from all of `pool` (document numbers).
+def cut_documents(store: Store, first: int, last: int, capacity: int, one_segment: bool,
+                  rng: np.random.Generator) -> np.ndarray:
+    """All rows of the documents first to last - 1, each document as often as its copies.
 
-    Where the pool holds a single document, pairs are true ones and a chunk of one sentence is a row of one segment.
+    Columns: document, first sentence, end of A, end of the chunk, target, is B random.  Where the store holds a single
+    document, pairs are true ones and a chunk of one sentence is a row of one segment.
     """
-    second = "none" if one_segment else "any" if len(pool) > 1 else "next"
-    capacity = row_length - (2 if one_segment else 3)
-    parts, places = [], []
-    for place in range(first, last):
-        start, end = store.documents[pool[place]:pool[place] + 2].tolist()
-        rows = cut_document(store.sentences[start:end + 1].tolist(), capacity, second, rng)
-        parts.append(np.array(rows, np.int64) + [start, start, start, 0, 0])
-        places.append(np.full(len(rows), place))
-    i, b_first, b_last, target, is_random = np.concatenate(parts).T
-    a_tokens = store.sentences[b_first] - store.sentences[i]
-    spans = [store.sentences[index] for index in (i, b_first, b_first, b_last)]
+    second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"
+    table = []
+    for document in range(first, last):
+        start, end = store.documents[document:document + 2].tolist()
+        ends = store.sentences[start:end + 1].tolist()
+        for _ in range((store.places[document + 1] - store.places[document]) // (end - start)):
+            rows = np.array(cut_document(ends, capacity, second, rng), np.int64)
+            rows[:, :3] += start
+            table.append(np.insert(rows, 0, document, axis=1))
+    return np.concatenate(table)
+
+
+def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table.
+
+    Random second segments come from the whole store; B is empty in a row of one segment.  BERT drops one token at a time from
+    the longer segment (B where equal), front or back by a coin: here in one go.
+    """
+    document, i, a_last, j, target, is_random = table.T
+    a_start, a_end, b_start, b_end = (store.sentences[index] for index in (i, a_last, a_last, j))
     where = np.flatnonzero(is_random)
-    if len(where):
-        drawn = _random_segments(store, pool, np.concatenate(places)[where], (target - a_tokens)[where], rng)
-        spans[2][where], spans[3][where] = drawn
-    return _truncated(*spans, is_random.astype(bool), capacity, rng)
-
-
-def _random_segments(store: Store, pool: np.ndarray, own: np.ndarray, room: np.ndarray,
-                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Token slices that start at a sentence drawn evenly from all other documents of the pool (`own`: places in it).
-
-    They end with their document or at the first sentence end that fills `room` tokens, one sentence at least.
-    """
-    starts, ends = store.documents[pool], store.documents[pool + 1]
-    before = np.concatenate([[0], np.cumsum(ends - starts)])  # sentences of the pool before each place
-    own_sentences = before[own + 1] - before[own]
-    drawn = (rng.random(len(own)) * (before[-1] - own_sentences)).astype(np.int64)
-    drawn += np.where(drawn >= before[own], own_sentences, 0)
-    place = np.searchsorted(before, drawn, "right") - 1
-    sentence = starts[place] + drawn - before[place]
-    enough = np.searchsorted(store.sentences, store.sentences[sentence] + room)
-    last = np.clip(enough, sentence + 1, ends[place])
-    return store.sentences[sentence], store.sentences[last]
-
-
-def _truncated(a_start, a_end, b_start, b_end, is_random, capacity: int, rng: np.random.Generator) -> Rows:
-    """BERT drops one token at a time from the longer segment (B where equal), front or back by a coin: in one go."""
+    room = (target - a_end + a_start)[where]
+    b_start[where], b_end[where] = _random_segments(store, document[where], room, rng)
     a, b = a_end - a_start, b_end - b_start
     excess = np.maximum(a + b - capacity, 0)
     uneven = np.minimum(excess, abs(a - b))
     a_cut = np.where(a > b, uneven, 0) + (excess - uneven) // 2
     b_cut = excess - a_cut
     a_front, b_front = rng.binomial(a_cut, 0.5), rng.binomial(b_cut, 0.5)
-    return Rows(a_start + a_front, a_end - a_cut + a_front, b_start + b_front, b_end - b_cut + b_front,
-                is_random, excess)
+    return np.stack([a_start + a_front, a_end - a_cut + a_front, b_start + b_front, b_end - b_cut + b_front]), excess
 
 
-def _gathered(store: Store, rows: Rows, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _random_segments(store: Store, own: np.ndarray, room: np.ndarray,
+                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Token slices that start at a sentence drawn evenly from all copies of all documents but the `own` one of each.
+
+    They end with their document or at the first sentence end that fills `room` tokens, one sentence at least.
+    """
+    own_places = store.places[own + 1] - store.places[own]
+    drawn = (rng.random(len(own)) * (store.places[-1] - own_places)).astype(np.int64)
+    drawn += np.where(drawn >= store.places[own], own_places, 0)
+    document = np.searchsorted(store.places, drawn, "right") - 1
+    start, end = store.documents[document], store.documents[document + 1]
+    sentence = start + (drawn - store.places[document]) % (end - start)
+    enough = np.searchsorted(store.sentences, store.sentences[sentence] + room)
+    return store.sentences[sentence], store.sentences[np.clip(enough, sentence + 1, end)]
+
+
+def _runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... start + size - 1 of every run, one after the other."""
+    return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+
+
+def _gathered(store: Store, spans: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids T, lengths R, first R) of `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]` where B is empty."""
-    a, b = rows.a_end - rows.a_start, rows.b_end - rows.b_start
-    first = a + 2
-    lengths = first + b + (b > 0)
+    sizes = spans[1::2] - spans[::2]
+    first = sizes[0] + 2
+    lengths = first + sizes[1] + (sizes[1] > 0)
     begin = np.cumsum(lengths) - lengths
     ids = np.full(lengths.sum(), vocabulary.sep, store.ids.dtype)
     ids[begin] = vocabulary.cls
-    sizes = np.stack([a, b], 1).ravel()
-    steps = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    source = np.repeat(np.stack([rows.a_start, rows.b_start], 1).ravel(), sizes)
-    target = np.repeat(np.stack([begin + 1, begin + first], 1).ravel(), sizes)
-    ids[target + steps] = store.ids[source + steps]
+    to = np.stack([begin + 1, begin + first])
+    ids[_runs(to.T.ravel(), sizes.T.ravel())] = store.ids[_runs(spans[::2].T.ravel(), sizes.T.ravel())]
     return ids, lengths, first
 
 
-def masked(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator, *,
-           whole_word: bool = True, mask_prob: float = MASK_PROB, max_predictions: int | None = None):
-    """One mask set of a block: (counts R, positions in their rows P, ids that stand there P).
+def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_word: bool) -> tuple:
+    """(places in the flat ids, tokens, rows), W each, of what is masked together: words, or single tokens.
 
-    A row's budget is min(max_predictions, max(1, round(length * mask_prob))) tokens.  Its words come in random order;
-    one that would exceed the budget is skipped.  80 % become [MASK], 10 % stay, 10 % become any id that may replace.
+    Special tokens are none; each row begins with one, so no word crosses two rows.
     """
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    candidate = ~vocabulary.special[ids]
-    begins = candidate.copy()
-    if whole_word:
-        begins[1:] &= vocabulary.begins_word[ids[1:]] | ~candidate[:-1]
-    word = np.cumsum(begins) - 1  # of each candidate token
-    budget = np.maximum(1, np.rint(lengths * mask_prob)).astype(np.int64)
-    if max_predictions is not None:
-        budget = np.minimum(budget, max_predictions)
-    taken = _words_within(np.bincount(word[candidate], minlength=begins.sum()), rows[begins], budget, rng)
-    where = np.flatnonzero(candidate)
-    where = where[taken[word[where]]]
-    new = ids[where]
-    kind = rng.random(len(where))
-    new[kind < 0.8] = vocabulary.mask
-    other = np.flatnonzero(kind >= 0.9)
+    special = vocabulary.special[ids]
+    edges = special | vocabulary.begins_word[ids] if whole_word else np.ones(len(ids), bool)
+    edges[1:] |= special[:-1]
+    edges = np.append(np.flatnonzero(edges), len(ids))  # a word ends where the next one or a special token stands
+    inside = ~special[edges[:-1]]
+    starts = edges[:-1][inside]
+    of_row = np.diff(np.searchsorted(starts, np.cumsum(lengths)), prepend=0)
+    return starts, np.diff(edges)[inside], np.repeat(np.arange(len(lengths)), of_row)
+
+
+def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Draw, row_length: int):
+    """One mask set of at most BLOCK_ROWS rows: (counts R, positions in their rows P, ids that stand there P).
+
+    `found` is what words() gave.  A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length
+    (BERT's max_predictions: 20 of 128).  Its words come in random order; one that would exceed the budget is skipped.
+    80 % become [MASK], 10 % stay, 10 % become any id that may replace.
+    """
+    budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)
+    taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))
+    starts, sizes, rows = (column[taken] for column in found)
+    where = _runs(starts, sizes)
+    new, kind = ids[where], draw(1, where)
+    new[kind < int(0.8 * 2**32)] = vocabulary.mask
+    other = np.flatnonzero(kind >= int(0.9 * 2**32))
     allowed = np.flatnonzero(vocabulary.may_replace)
-    new[other] = allowed[rng.integers(len(allowed), size=len(other))]
-    begin = np.cumsum(lengths) - lengths
-    return np.bincount(rows[where], minlength=len(lengths)), where - begin[rows[where]], new
+    new[other] = allowed[draw(2, where[other]).astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)]
+    counts = np.bincount(rows, sizes, len(lengths)).astype(np.int64)
+    return counts, where - np.repeat(np.cumsum(lengths) - lengths, counts), new
 
 
-def _words_within(sizes: np.ndarray, rows: np.ndarray, budget: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """bool W: what is taken when each row goes through its words in random order and skips what exceeds its budget."""
-    taken = np.zeros(len(sizes), bool)
-    left = budget.copy()
-    # Sorting integers of row (9 bits), random (32), word (23) is several times faster than argsort by (row, random).
-    chance = rng.integers(2**32, size=len(sizes), dtype=np.uint64)
-    key = (rows.astype(np.uint64) << np.uint64(55)) | (chance << np.uint64(23)) | np.arange(len(sizes), dtype=np.uint64)
-    order = (np.sort(key) & np.uint64(2**23 - 1)).astype(np.int64)
-    while len(order := order[sizes[order] <= left[rows[order]]]):  # what exceeds now exceeds for good
-        row, size = rows[order], sizes[order]
-        total = np.cumsum(size)
-        begin = np.searchsorted(row, row)  # where the row's words begin in the order
-        fits = total - total[begin] + size[begin] <= left[row]
-        broken = np.cumsum(~fits)
-        fits &= broken == broken[begin]  # only up to the first word that exceeds; a row's first word always fits
-        taken[order[fits]] = True
-        left -= np.bincount(row[fits], size[fits], len(left)).astype(np.int64)
-        order = order[~fits]
+def _words_within(sizes: np.ndarray, rows: np.ndarray, budget: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """bool W: what is taken when each row goes through its words by `chance` and skips what exceeds its budget."""
+    assert len(budget) <= 2**9 and len(sizes) <= 2**23, "the sorted integers hold no larger row or word numbers"
+    taken, left = np.zeros(len(sizes), bool), budget.copy()
+    some = chance < 2**30  # a quarter of the words nearly always fills the budget: the others are seldom sorted
+    for part in (some, ~some):
+        order = np.flatnonzero(part & (left[rows] > 0)).astype(np.uint64)
+        # Sorting integers of row (9 bits), chance (32), word (23) is several times faster than argsort by (row, chance).
+        key = rows[order].astype(np.uint64) << np.uint64(55) | chance[order].astype(np.uint64) << np.uint64(23) | order
+        order = (np.sort(key) & np.uint64(2**23 - 1)).astype(np.int64)
+        while len(order := order[sizes[order] <= left[rows[order]]]):  # what exceeds now exceeds for good
+            row, size = rows[order], sizes[order]
+            total = np.cumsum(size)
+            begin = np.searchsorted(row, row)  # where the row's words begin in the order
+            fits = total - total[begin] + size[begin] <= left[row]
+            broken = np.cumsum(~fits)
+            fits &= broken == broken[begin]  # only up to the first word that exceeds; a row's first word always fits
+            taken[order[fits]] = True
+            left -= np.bincount(row[fits], size[fits], len(left)).astype(np.int64)
+            order = order[~fits]
     return taken
 
 
-def make_blocks(store: Store, rows: Rows, vocabulary: Vocabulary, rng: np.random.Generator, *, row_length: int,
-                mask_sets: int, whole_word: bool) -> Iterator[Block]:
-    """Rows as blocks of at most BLOCK_ROWS rows, each with `mask_sets` independent mask sets."""
-    max_predictions = round(0.16 * row_length)  # 20 at 128, as in BERT
-    columns = vars(rows)
-    for start in range(0, len(rows.a_start), BLOCK_ROWS):
-        part = Rows(**{name: column[start:start + BLOCK_ROWS] for name, column in columns.items()})
-        ids, lengths, first = _gathered(store, part, vocabulary)
-        sets = [masked(ids, lengths, vocabulary, rng, whole_word=whole_word, max_predictions=max_predictions)
-                for _ in range(mask_sets)]
+def make_blocks(store: Store, first: int, last: int, vocabulary: Vocabulary, settings, for_rows: np.random.Generator,
+                for_masks: np.random.Generator, counts: Counter) -> Iterator[Block]:
+    """The documents first to last - 1 as blocks with independent mask sets; `counts` gains what came out."""
+    capacity = settings.row_length - (2 if settings.one_segment else 3)
+    table = cut_documents(store, first, last, capacity, settings.one_segment, for_rows)
+
+    def draw(_: int, places: np.ndarray) -> np.ndarray:
+        return for_masks.integers(2**32, size=len(places), dtype=np.uint32)
+
+    for at in range(0, len(table), BLOCK_ROWS):
+        rows = table[at:at + BLOCK_ROWS]
+        spans, truncated = draw_rows(store, rows, capacity, for_rows)
+        ids, lengths, first_segment = _gathered(store, spans, vocabulary)
+        found = words(ids, lengths, vocabulary, settings.masking == "whole-word")
+        sets = [masked(found, ids, lengths, vocabulary, draw, settings.row_length) for _ in range(settings.mask_sets)]
+        per_row, positions, new = zip(*sets, strict=True)
+        is_random, several = rows[:, 5], rows[:, 3] - rows[:, 1] > 1  # the chunk has two sentences or more
         yield Block(
-            ids=ids, lengths=lengths.astype(np.uint16), first=first.astype(np.uint16),
-            is_random=part.is_random.astype(np.uint8),
-            mask_counts=np.stack([counts for counts, _, _ in sets]).astype(np.uint16),
-            mask_positions=np.concatenate([positions for _, positions, _ in sets]).astype(position_type(row_length)),
-            mask_ids=np.concatenate([new for _, _, new in sets]),
-        )
+            ids=ids, lengths=lengths.astype(np.uint16), first=first_segment.astype(np.uint16),
+            is_random=is_random.astype(np.uint8), mask_counts=np.stack(per_row).astype(np.uint16),
+            mask_positions=np.concatenate(positions).astype(position_type(settings.row_length)), mask_ids=np.concatenate(new))
+        counts.update(rows=len(lengths), tokens=len(ids), truncated_tokens=truncated.sum(), masked_tokens=sum(map(len, new)),
+                      chunks_of_several=several.sum(), random=is_random.sum(), random_of_several=is_random[several].sum())
+        store.let_go()

@@ -1,9 +1,21 @@
-"""The tokenized corpus on disk: flat files that a build writes once, in parallel, and draws its rows from."""
+"""The tokenized corpus on disk, from which rows are drawn.
 
+Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each.  When
+all are there they are joined into flat files, one set for training and one for held-out documents, read through memory
+maps: they grow with the corpus, memory does not.
+"""
+
+import json
+import mmap
 import os
+import shutil
+import signal
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from itertools import chain
 from multiprocessing import parent_process
 from pathlib import Path
@@ -11,27 +23,43 @@ from threading import Thread
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from shards.block import id_type
-from shards.corpus import Document, Source
+from shards.block import id_type, written_whole
+from shards.corpus import Document, Tally
+from shards.sources import Source
 from shards.tokenizer import Vocabulary
 
-BATCH_CHARS = 2**18  # text sent to a worker at once
+SHARD_BYTES = 16 * 2**20
+PIECE_CHARS = 2**20
+BATCH = 1000  # sentences encoded at once: bounds the memory of a long document
+HELD_OUT, COPIES = 0, 1  # streams of chance
+DRAWS = {"train": (2, 3), "held": (4, 5)}  # of rows and of masks
+DOCUMENT = np.dtype([("sentences", "u4"), ("tokens", "u4"), ("copies", "u1"), ("source", "u2"), ("hash", "u8")])
+
+
+def chance(seed: int, stream: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, stream, number]))
 
 
 @dataclass(frozen=True)
 class Store:
-    """All sentences of a corpus, flat; the arrays may be memory maps."""
+    """All sentences of the training or of the held-out documents, flat; D documents, S sentences."""
 
     ids: np.ndarray  # token ids
-    sentences: np.ndarray  # int64: sentence s is ids[sentences[s]:sentences[s + 1]]
-    documents: np.ndarray  # int64: document d is the sentences from documents[d] to documents[d + 1]
+    sentences: np.ndarray  # S + 1 int64: sentence s is ids[sentences[s]:sentences[s + 1]]
+    documents: np.ndarray  # D + 1 int64: document d is the sentences from documents[d] to documents[d + 1]
+    places: np.ndarray  # D + 1 int64: sentences x copies of the documents before d
 
     @staticmethod
-    def opened(folder: Path, id_type: type) -> "Store":
-        return Store(*(np.memmap(folder / name, kind, "r").view(np.ndarray)
-                       for name, kind in (("ids", id_type), ("sentences", np.int64), ("documents", np.int64))))
+    def opened(folder: Path, kind: type) -> "Store":
+        names = {"ids": kind, "sentences": np.int64, "documents": np.int64, "places": np.int64}
+        return Store(**{name: np.memmap(folder / name, kind, "r").view(np.ndarray) for name, kind in names.items()})
+
+    def let_go(self) -> None:
+        """Give back the memory of the pages that were read; they are read again when they are needed."""
+        for array in vars(self).values():
+            if isinstance(array.base, np.memmap):
+                array.base._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 WORKER = {}  # what a worker process keeps between tasks: set once, by start_worker
@@ -40,79 +68,159 @@ WORKER = {}  # what a worker process keeps between tasks: set once, by start_wor
 def start_worker(vocabulary: Vocabulary, settings, store: Path) -> None:
     if parent := parent_process():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no worker outlives a killed parent
-    tokenizer, plain = Tokenizer.from_str(vocabulary.json), Tokenizer.from_str(vocabulary.json)
-    plain.encode_special_tokens = True
-    WORKER.update(tokenizer=tokenizer, plain=plain, vocabulary=vocabulary, settings=settings, store=store)
+    model = json.loads(vocabulary.json)
+    for token in model["added_tokens"]:
+        token["special"] = token["content"] != vocabulary.unk
+    tokenizer = Tokenizer.from_str(json.dumps(model))
+    tokenizer.encode_special_tokens = True  # where the text itself says [SEP] it is text; only the unknown token is found
+    WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings, store=store)
 
 
-def _tokenize(batch: list[Document]) -> tuple:
-    """Documents -> (ids, tokens of each sentence, sentences of each document, counts); empty documents left out."""
-    vocabulary, unk = WORKER["vocabulary"], WORKER["vocabulary"].unk
-    documents = [document.sentences() for document in batch]
-    sentences = list(chain.from_iterable(documents))
-    if unk:
-        sentences = [sentence.replace("<unk>", unk) for sentence in sentences]
-    encoded = [e.ids for e in WORKER["tokenizer"].encode_batch_fast(sentences, add_special_tokens=False)]
-    roles = {vocabulary.pad, vocabulary.cls, vocabulary.sep, vocabulary.mask}
-    for number, ids in enumerate(encoded):
-        if not roles.isdisjoint(ids):  # the text itself says [SEP] or [MASK]: it is text, not structure
-            encoded[number] = WORKER["plain"].encode(sentences[number], add_special_tokens=False).ids
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    of_document = np.repeat(np.arange(len(documents)), list(map(len, documents)))
-    sizes = np.bincount(of_document[lengths > 0], minlength=len(documents))
-    ids = np.fromiter(chain.from_iterable(encoded), id_type(vocabulary.size), lengths.sum())
-    counts = Counter(dropped_empty=int((sizes == 0).sum()), unknown_tokens=0)
-    if unk is not None:
-        counts["unknown_tokens"] = int((ids == WORKER["tokenizer"].token_to_id(unk)).sum())
-    return ids, lengths[lengths > 0], sizes[sizes > 0], counts
-
-
-def _batches(documents: Iterable, size: int = BATCH_CHARS) -> Iterator[list]:
-    batch, chars = [], 0
-    for document in documents:
-        batch.append(document)
-        chars += sum(map(len, document.units))
-        if chars >= size:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
-
-
-def in_order(pool, function: Callable, tasks: Iterable, ahead: int) -> Iterator[tuple]:
-    """(task, result) in the order of the tasks, at most `ahead` of them under way; without a pool in this process."""
+def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
+    """Results in the order of the tasks, at most `ahead` of them waiting."""
     waiting = deque()
     for task in tasks:
-        if pool is None:
-            yield task, function(task)
-            continue
-        waiting.append((task, pool.submit(function, task)))
-        if len(waiting) >= ahead:
-            task, future = waiting.popleft()
-            yield task, future.result()
-    while waiting:
-        task, future = waiting.popleft()
-        yield task, future.result()
+        waiting.append(pool.submit(function, task))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
 
 
-def write_store(folder: Path, sources: list[Source], pool, workers: int) -> Counter:
-    """Tokenize every document into flat files: ids, sentence offsets and document offsets (int64, from 0)."""
-    counts = Counter()
-    total = sum(source.bytes for source in sources) if all(source.files for source in sources) else None
-    bar = tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None)
-    documents = (document for source in sources for document in source.documents(counts))
-    with bar, open(folder / "ids", "wb") as ids, open(folder / "sentences", "wb") as ends, \
-            open(folder / "documents", "wb") as starts:
-        np.zeros(1, np.int64).tofile(ends)
-        np.zeros(1, np.int64).tofile(starts)
-        for batch, (tokens, lengths, sizes, found) in in_order(pool, _tokenize, _batches(documents), 4 * workers):
-            tokens.tofile(ids)
-            (counts["tokens"] + np.cumsum(lengths)).tofile(ends)
-            (counts["sentences"] + np.cumsum(sizes)).tofile(starts)
-            counts.update(found)
-            counts.update(tokens=len(tokens), sentences=len(lengths), documents=len(sizes))
-            bar.update(sum(len(unit) for document in batch for unit in document.units))
-            rate = counts["tokens"] / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{counts['documents']:,} documents, {rate:,.0f} tokens/s")
-    return counts
+def cut_pieces(sources: list[Source], tally: Tally, seed: int) -> Iterator[tuple[int, list]]:
+    """Pieces in order: the number of a source, and (document, copies) of consecutive documents of it."""
+    for number, source in enumerate(sources):
+        drawn, (whole, part) = chance(seed, COPIES, number), divmod(source.weight, 1)
+        piece, chars = [], 0
+        for document in source.documents(tally):
+            copies = int(whole) + (part > 0 and drawn.random() < part)
+            tally.counts["dropped_thinned"] += not copies
+            if copies:
+                piece.append((document, copies))
+                chars += sum(map(len, document.units))
+            if chars >= PIECE_CHARS:
+                yield number, piece
+                piece, chars = [], 0
+        if piece:
+            yield number, piece
+
+
+def _hashed(sentences: list[str]) -> int:
+    """64 bits of a document's text, whatever its case, spacing and compatibility forms (NFKC)."""
+    text = " ".join(unicodedata.normalize("NFKC", " ".join(sentences)).casefold().split())
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def make_piece(task: tuple[Path, int, list[tuple[Document, int]]]) -> tuple[int, int]:
+    """Tokenize one piece into its file -> (documents, tokens).  Documents without a token are left out and counted."""
+    path, source, piece = task
+    unk, split = WORKER["vocabulary"].unk, [document.sentences() for document, _ in piece]
+    sentences = [text.replace("<unk>", unk) if unk else text for text in chain.from_iterable(split)]
+    encode = partial(WORKER["tokenizer"].encode_batch_fast, add_special_tokens=False)
+    encoded = [e.ids for at in range(0, len(sentences), BATCH) for e in encode(sentences[at:at + BATCH])]
+    lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
+    ids = np.fromiter(chain.from_iterable(encoded), id_type(WORKER["vocabulary"].size), int(lengths.sum()))
+    of_document = np.repeat(np.arange(len(split)), [len(sentences) for sentences in split])
+    table = np.zeros(len(split), DOCUMENT)
+    table["sentences"] = np.bincount(of_document, lengths > 0, len(split))
+    table["tokens"] = np.bincount(of_document, lengths, len(split))
+    table["copies"], table["source"] = [copies for _, copies in piece], source
+    if WORKER["settings"].dedup:
+        table["hash"] = [_hashed(sentences) for sentences in split]
+    full = table["sentences"] > 0
+    unknown = np.count_nonzero(ids == WORKER["tokenizer"].token_to_id(unk)) if unk else 0
+    with written_whole(path) as file:
+        np.savez(file, ids=ids, lengths=lengths[lengths > 0], documents=table[full], counts=[np.count_nonzero(~full), unknown])
+    return np.count_nonzero(full), len(ids)
+
+
+def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """bool D: drawn from (seed, document) among those that are `there`; one at least, but none of less than three."""
+    if not share or np.count_nonzero(there) < 3:
+        return np.zeros(len(there), bool)
+    drawn = np.where(there, chance(seed, HELD_OUT, 0).random(len(there)), 1.0)
+    return drawn < max(share, np.nextafter(drawn.min(), 1))
+
+
+def write_json(path: Path, value) -> None:
+    with written_whole(path) as file:
+        file.write(json.dumps(value, default=lambda number: number.tolist()).encode())  # numpy's numbers and arrays
+
+
+def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
+    """Contiguous ranges of documents of about equal tokens; fewer where documents are larger than a share."""
+    ends = np.cumsum(tokens)
+    edges = np.searchsorted(ends, [int(ends[-1]) * n // shards for n in range(1, shards)]) + 1
+    edges = np.unique(np.concatenate([[0], edges, [len(tokens)]])).astype(int)
+    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+
+
+def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[str, tuple[int, int]]:
+    """The range of documents of each shard, `train-00000` and on, from the tokens x copies of each document."""
+    if len(train) < 2 - settings.one_segment:
+        raise ValueError(f"documents to train on: {len(train)}, but random second segments need two at least; give more text"
+                         + ", or --one-segment for rows without a second segment" * len(train))
+    # A token makes 1.25 of rows (special ones and random second segments, less what is cut), 0.15 of each mask set.
+    estimate = 1.25 * train.sum() * (id_bytes + 0.15 * settings.mask_sets * (id_bytes + 1))
+    ranges = {"train": _ranges(train, settings.shards or max(1, round(estimate / SHARD_BYTES)))}
+    if (most := len(ranges["train"])) < (settings.shards or 0):
+        raise ValueError(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
+    if len(held):
+        ranges["held"] = _ranges(held, max(1, round(most * held.sum() / train.sum())))
+    return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
+
+
+def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: type) -> None:
+    """Lay all pieces end to end as STORE/joined/{train,held}, with plan.json: what was counted, and the shards to be made.
+
+    A duplicate has no copies, a held-out document one.  A document takes some 60 bytes of memory here.
+    """
+    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined.part"
+    for path in pieces:
+        with np.load(path) as piece:
+            tables.append(piece["documents"])
+            counts.update(dict(zip(("dropped_empty", "unknown_tokens"), piece["counts"].tolist(), strict=True)))
+    table = np.concatenate(tables)
+    if settings.dedup:
+        again = np.ones(len(table), bool)
+        again[np.unique(table["hash"], return_index=True)[1]] = False  # the first of each stays
+        table["copies"][again] = 0
+        counts["dropped_duplicate"] = np.count_nonzero(again)
+    kept = table["copies"] > 0
+    held = held_out_documents(kept, settings.held_out, settings.seed)
+    table["copies"][held] = 1
+    weights = table["tokens"] * table["copies"].astype(np.int64)
+    try:
+        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(kind_of_id).itemsize)
+    except ValueError:
+        shutil.rmtree(store / "pieces")  # nothing to go on with: other settings or other text are another build
+        raise
+    _lay(folder / "train", table, kept & ~held, pieces)
+    _lay(folder / "held", table, held, pieces)
+    of_source = np.bincount(table["source"], weights * ~held, len(settings.sources))
+    counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),
+                  sentences=table["sentences"][kept].sum(), tokens=table["tokens"][kept].sum())
+    shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
+              for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
+    write_json(folder / "plan.json", [dict(counts, bad=tally.bad, sources=shares), tasks])
+    folder.rename(store / "joined")
+
+
+def _lay(folder: Path, table: np.ndarray, chosen: np.ndarray, pieces: list[Path]) -> None:
+    """Write the files of a Store of the chosen documents, piece by piece."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes, done, end = table["sentences"][chosen].astype(np.int64), 0, 0
+    for name, counted in (("documents", sizes), ("places", sizes * table["copies"][chosen])):
+        with written_whole(folder / name) as file:
+            file.write(np.append(0, np.cumsum(counted)))
+    with written_whole(folder / "ids") as ids, written_whole(folder / "sentences") as sentences:
+        sentences.write(np.zeros(1, np.int64))
+        for path in pieces:
+            with np.load(path) as piece:
+                sizes = piece["documents"]["sentences"]
+                of_chosen = np.repeat(chosen[done:done + len(sizes)], sizes)
+                ids.write(piece["ids"][np.repeat(of_chosen, piece["lengths"])])
+                lengths = piece["lengths"][of_chosen]
+            sentences.write(end + np.cumsum(lengths, dtype=np.int64))
+            done, end = done + len(sizes), end + int(lengths.sum())

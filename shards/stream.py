@@ -7,18 +7,23 @@ l*(T//lanes) + min(l, T%lanes) on.  Place k of a shard is entry k of its row per
 (seed, e, shard).  So each pass is every row exactly once, whatever the number and sizes of shards and lanes.
 A global batch is rows j to j+batch-1; its place c belongs to rank (c % lanes) % world.
 
-Letters: R rows of a batch, L positions.
+Letters: R rows, L positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from shards.block import Block, Manifest, Shard
+from shards.dynamic import DynamicMasks
 
 ORDER, ROWS = 1, 2  # tags that keep the draws of shard order and row order apart
+GATHERED = 2048  # rows gathered at once: numpy's cost for each call vanishes, and they fit in a processor's cache
+READERS = 4  # shards read at the same time
+LENGTH, FIRST, NUMBER, EPOCH = range(4)  # columns of the facts of rows
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,21 @@ class Batch:
     real: np.ndarray  # (R, L) bool: True on tokens
     numbers: np.ndarray  # (R,) int64: the rows' numbers in the manifest's order of shards
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return int(self.real.sum())
+    @staticmethod
+    def cut(ids: np.ndarray, facts: np.ndarray, some: slice) -> "Batch":
+        """Some of the rows, as Stream keeps them: ids (R, row length) and facts (R, 4)."""
+        lengths, first, numbers = facts[some, :3].T
+        positions = np.arange(-(-lengths.max() // 8) * 8)
+        real = positions < lengths[:, None]
+        segments = (positions >= first[:, None]) & real
+        return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
 
 
 @lru_cache(maxsize=4)
 def shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The shards of a pass in order, and the place at which each begins (one more entry: the end)."""
     order = np.random.Generator(np.random.PCG64([seed, ORDER, epoch])).permutation(len(sizes))
-    return order, np.concatenate([[0], np.cumsum(np.array(sizes, np.int64)[order])])
+    return order, np.cumsum([0, *np.array(sizes)[order]])
 
 
 def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
@@ -48,132 +57,122 @@ def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, ROWS, epoch, shard])).permutation(rows)
 
 
-def places(start: int, count: int, total: int, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows start .. start+count-1 of a run -> (their passes, their places in the pass)."""
-    rows = np.arange(start, start + count, dtype=np.int64)
-    epoch, u = rows // total, rows % total
-    lane, offset = u % lanes, u // lanes
-    return epoch, lane * (total // lanes) + np.minimum(lane, total % lanes) + offset
-
-
 class Stream:
-    """One rank's share of every global batch.
+    """One rank's share of every global batch; shards are read ahead by threads.
 
-    `read` opens and checks one shard (shards.block.read_shard with the folder bound).  Decoded shards are kept
-    while the rank's lanes stand in them, so memory is at most one shard a lane (two where a lane changes shard).
-    ValueError where batch, lanes and world do not divide.
+    `read` opens and checks one shard (shards.block.read_shard with the folder bound); `mask` is precomputed, none, or
+    the DynamicMasks to apply.  In memory are GATHERED rows and at most two decoded shards for each of the rank's lanes: the
+    one it stands in and, from a quarter of a shard before its end, the next (more only where shards have fewer rows than a
+    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.
     """
 
     def __init__(self, manifest: Manifest, read: Callable[[Shard], Block], *, seed: int, batch: int, lanes: int,
-                 rank: int = 0, world: int = 1, mask: str = "precomputed"):
-        if batch % lanes:
-            raise ValueError(f"batch={batch} does not divide over lanes={lanes}; write lanes=N with N a divisor of batch")
+                 rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed"):
         if lanes % world:
             raise ValueError(f"lanes={lanes} do not divide over {world} ranks; start with a number of ranks that "
                              f"divides {lanes}, or write lanes=N with N a multiple of {world} that divides batch={batch}")
         if mask == "precomputed" and not manifest.mask_sets:
             raise ValueError("mask=precomputed, but the shards hold no mask sets; build them with --mask-sets 3, or mask=none")
-        self.manifest, self.read = manifest, read
-        self.seed, self.batch, self.lanes, self.mask = seed, batch, lanes, mask
-        cells = np.arange(batch)
-        self.mine = cells[(cells % lanes) % world == rank]
+        self.manifest, self.read, self.mask = manifest, read, mask
+        self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
+        self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
         self.sizes = tuple(shard.rows for shard in manifest.shards)
-        self.first_row = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.decoded: dict[tuple[int, int], Decoded] = {}  # (pass, shard) ->
+        self.first_row = np.cumsum([0, *self.sizes])
+        quarter = lanes * manifest.rows // len(self.sizes) // 4 // batch  # batches in which a lane reads a quarter of a shard
+        self.steps, self.ahead = max(1, min(quarter, GATHERED // len(self.mine))), quarter * batch
+        self.decoded: dict[int, Future] = {}  # what _decode gives, by pass * shards + shard
+        self.readers = ThreadPoolExecutor(READERS)
+        self.span, self.rows = range(-1), None  # the batches at hand, by the row each begins with
 
-    def rows_at(self, j: int) -> list[tuple[int, int, int]]:
-        """This rank's rows of the global batch that begins with row j: (pass, shard, row in the shard)."""
-        return [(e, s, int(self._shard(e, s).order[k])) for e, s, k in self._cells(j)]
-
-    def _cells(self, j: int) -> Iterator[tuple[int, int, int]]:
-        epochs, at = places(j, self.batch, self.manifest.rows, self.lanes)
-        for epoch, place in zip(epochs[self.mine].tolist(), at[self.mine].tolist(), strict=True):
+    def plan(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's rows of some batches from row j on: (pass * shards + shard, entry of that shard's row order)."""
+        rows = (j + np.arange(steps)[:, None] * self.batch + self.mine).ravel()
+        total, lanes = self.manifest.rows, self.lanes
+        epochs, (offsets, lane) = rows // total, np.divmod(rows % total, lanes)
+        at = lane * (total // lanes) + np.minimum(lane, total % lanes) + offsets
+        keys = epochs * len(self.sizes)
+        for epoch in np.unique(epochs).tolist():
             order, begins = shard_order(self.sizes, self.seed, epoch)
-            slot = int(np.searchsorted(begins, place, side="right")) - 1
-            yield epoch, int(order[slot]), place - int(begins[slot])
-
-    def _shard(self, epoch: int, shard: int) -> "Decoded":
-        found = self.decoded.get((epoch, shard))
-        if found is None:
-            same = next((d for (_, s), d in self.decoded.items() if s == shard), None)
-            block = same.block if same else self.read(self.manifest.shards[shard])
-            found = Decoded(block, row_order(self.seed, epoch, shard, self.sizes[shard]))
-            self.decoded[epoch, shard] = found
-        return found
+            here = epochs == epoch
+            slots = np.searchsorted(begins, at[here], side="right") - 1
+            keys[here] += order[slots]
+            at[here] -= begins[slots]
+        return keys, at
 
     def batches(self, j: int, most: int) -> list[Batch]:
         """This rank's share of the global batch at row j, sorted by length, in micro batches of at most `most` rows.
 
-        ValueError where the share is larger than `most` and no multiple of it.
+        ValueError where the share is larger than `most` and no multiple of it, and where a shard is not as it should be.
         """
-        micro = micro_rows(len(self.mine), most)
-        rows = self.rows_at(j)
-        used = {(e, s) for e, s, _ in rows}
-        self.decoded = {key: value for key, value in self.decoded.items() if key in used}
-        lengths = np.array([self.decoded[e, s].block.lengths[r] for e, s, r in rows])
-        sets = self.manifest.mask_sets
-        ordered = [rows[i] for i in np.argsort(lengths, kind="stable")]
-        out = []
-        for at in range(0, len(ordered), micro):
-            cut = [(self.decoded[e, s], r, e % sets if self.mask == "precomputed" else None, int(self.first_row[s]) + r)
-                   for e, s, r in ordered[at:at + micro]]
-            out.append(pad(cut, self.manifest.tokenizer["pad"]))
-        return out
+        share = len(self.mine)
+        micro = micro_rows(share, most)
+        if j not in self.span:
+            if j != self.span.stop:
+                self.decoded.clear()  # of another place, or not to be read: it is tried again
+            steps, self.span = self.steps if self.decoded else 1, range(-1)
+            self.rows = self._gathered(j, steps)
+            self.span = range(j, j + steps * self.batch, self.batch)
+        at = self.span.index(j) * share
+        return [Batch.cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+
+    def _gathered(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's rows of some batches, batch by batch, each sorted by length; opens what comes later."""
+        keys, entries = self.plan(j, steps)
+        self._open(keys)
+        rows = self._joined(self.decoded, keys, entries, np.arange(len(keys)) // len(self.mine))
+        following, later = (self.plan(j + steps * self.batch + more, 1)[0] for more in (0, self.ahead))
+        for key in {*keys.tolist()} - {*following.tolist(), *later.tolist()}:
+            del self.decoded[key]
+        self._open(later)
+        return rows
+
+    def _open(self, keys: np.ndarray) -> None:
+        for key in sorted({*keys.tolist()} - self.decoded.keys()):
+            epoch, n = divmod(key, len(self.sizes))
+            order = row_order(self.seed, epoch, n, self.sizes[n])
+            self.decoded[key] = self.readers.submit(self._decode, self.manifest.shards[n], order, epoch, self.first_row[n])
+
+    def _decode(self, shard: Shard, order: np.ndarray, epoch: int, first_row: int) -> tuple[np.ndarray, ...]:
+        """A shard in an order: (windows of its flat ids, each from one id on; the window of each row; facts (R, 4))."""
+        block, width = self.read(shard), -(-self.manifest.row_length // 8) * 8
+        flat = np.concatenate([block.ids, np.zeros(width, block.ids.dtype)])
+        begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+        if self.mask == "precomputed":
+            mask_set, counts = epoch % self.manifest.mask_sets, block.mask_counts.sum(1, dtype=np.int64)
+            some = slice(counts[:mask_set].sum(), counts[:mask_set + 1].sum())
+            flat[np.repeat(begins, block.mask_counts[mask_set]) + block.mask_positions[some]] = block.mask_ids[some]
+        facts = np.stack([block.lengths[order], block.first[order], first_row + order, np.full(len(order), epoch)], 1)
+        return np.lib.stride_tricks.sliding_window_view(flat, width), begins[order], facts
+
+    def _joined(self, decoded: dict[int, Future], keys: np.ndarray, entries: np.ndarray, steps: np.ndarray) -> tuple:
+        """Entries of decoded shards, by step and length, padded and masked: ids (R, row length) and facts (R, 4)."""
+        by_key, parts = np.argsort(keys, kind="stable"), []
+        for group in np.split(by_key, np.flatnonzero(np.diff(keys[by_key])) + 1):
+            windows, begins, facts = decoded[int(keys[group[0]])].result()
+            parts.append((windows[begins[entries[group]]], facts[entries[group]]))
+        ids, facts = map(np.concatenate, zip(*parts, strict=True))
+        order = np.lexsort((facts[:, NUMBER], facts[:, LENGTH], steps[by_key]))
+        ids, facts = ids[order], facts[order]
+        ids[np.arange(ids.shape[1]) >= facts[:, LENGTH, None]] = self.manifest.tokenizer["pad"]
+        if isinstance(self.mask, DynamicMasks):
+            self.mask.apply(ids, facts[:, LENGTH], facts[:, EPOCH], facts[:, NUMBER])
+        return ids, facts
+
+    def held_out(self, most: int, micro: int) -> list[Batch]:
+        """This rank's share of the first `most` held-out rows, masked as in pass 0; numbered on behind the training rows."""
+        shards = self.manifest.held_out
+        begins = np.cumsum([0, *(shard.rows for shard in shards)])
+        rows = np.arange(self.rank, min(most, begins[-1]), self.world)
+        keys = np.searchsorted(begins, rows, side="right") - 1
+        decoded = {n: self.readers.submit(self._decode, shards[n], np.arange(shards[n].rows), 0, self.manifest.rows + begins[n])
+                   for n in np.unique(keys).tolist()}
+        joined = self._joined(decoded, keys, rows - begins[keys], np.zeros_like(rows)) if decoded else ()
+        return [Batch.cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
 
 
 def micro_rows(share: int, most: int) -> int:
     """Rows of a micro batch for a rank's share of the global batch."""
     if share > most and share % most:
-        raise ValueError(f"a rank's share of the batch is {share} rows, no multiple of the engine file's "
-                         f"train_micro_batch_size_per_gpu={most}; change one of them, such as batch to a multiple of "
-                         "ranks x micro batch")
+        raise ValueError(f"a rank's share of the batch is {share} rows, no multiple of the engine file's train_micro_batch_size_"
+                         f"per_gpu={most}; write a batch= that is a multiple of ranks x micro batch")
     return min(share, most)
-
-
-class Decoded:
-    """A shard in memory: where each row's tokens and masks begin."""
-
-    def __init__(self, block: Block, order: np.ndarray | None = None):
-        self.block, self.order = block, order
-        self.begins = np.concatenate([[0], np.cumsum(block.lengths, dtype=np.int64)])
-        self.mask_begins = np.concatenate([[0], np.cumsum(block.mask_counts.ravel(), dtype=np.int64)])
-
-    def masked(self, number: int, mask_set: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's masked positions in one set, and the ids that stand there."""
-        at = mask_set * self.block.rows + number
-        span = slice(self.mask_begins[at], self.mask_begins[at + 1])
-        return self.block.mask_positions[span], self.block.mask_ids[span]
-
-    def row(self, number: int, mask_set: int | None) -> tuple[np.ndarray, int]:
-        """One row's ids (masked with that set, or as they are) and the length of its segment 0."""
-        ids = self.block.ids[self.begins[number]:self.begins[number + 1]].astype(np.int64)
-        if mask_set is not None:
-            positions, shown = self.masked(number, mask_set)
-            ids[positions] = shown
-        return ids, int(self.block.first[number])
-
-
-def pad(rows: list[tuple[Decoded, int, int | None, int]], pad_id: int) -> Batch:
-    """(shard, row in it, mask set or None, row's number in the manifest) -> one padded batch."""
-    parts = [shard.row(row, mask_set) for shard, row, mask_set, _ in rows]
-    length = -(-max(len(ids) for ids, _ in parts) // 8) * 8
-    ids = np.full((len(rows), length), pad_id, np.int64)
-    segments, real = np.zeros_like(ids), np.zeros(ids.shape, bool)
-    for i, (row, first) in enumerate(parts):
-        ids[i, :len(row)] = row
-        segments[i, first:len(row)] = 1
-        real[i, :len(row)] = True
-    return Batch(ids, segments, real, np.array([number for *_, number in rows], np.int64))
-
-
-def held_out_batches(manifest: Manifest, read: Callable[[Shard], Block], *, most: int, rank: int, world: int,
-                     micro: int, mask: str) -> list[Batch]:
-    """This rank's share of the first `most` held-out rows, in micro batches; mask set 0 where the stream masks."""
-    rows = []
-    for shard in manifest.held_out:
-        if len(rows) >= most:
-            break
-        decoded = Decoded(read(shard))
-        rows += [(decoded, r, 0 if mask == "precomputed" else None, r) for r in range(shard.rows)][:most - len(rows)]
-    mine = sorted(rows[rank::world], key=lambda row: int(row[0].block.lengths[row[1]]))
-    return [pad(mine[at:at + micro], manifest.tokenizer["pad"]) for at in range(0, len(mine), micro)]

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import re
+import string
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 # Changing a letter here changes every fingerprint: case, accents, digits, punctuation, other scripts, odd spacing.
 PROBE = "The Quick brown-fox can't  pay 1,234.50 for naïve café — unbelievably! ありがとう Привет 😀 [x]\tEnd."
-UNUSED = re.compile(r"[\[<]unused_?\d+[\]>]")
+# Pieces without a text of their own: spare ones of BERT, T5 and fairseq, and SentencePiece's single bytes.
+UNUSED = re.compile(r"[\[<](unused_?|extra_id_)\d+[\]>]|madeupword\d+|<0x[0-9A-F]{2}>")
 ROLES = ("pad", "cls", "sep", "mask")
 
 
@@ -19,7 +21,7 @@ ROLES = ("pad", "cls", "sep", "mask")
 class Vocabulary:
     """A fast tokenizer as workers take it: text to rebuild it from, and one bool an id for each property."""
 
-    name: str  # as it was given: a folder or a hub name
+    name: str  # as it was given: a folder, a SentencePiece file or a hub name
     json: str = field(repr=False)  # for tokenizers.Tokenizer.from_str; truncation and padding are off
     size: int  # ids are below this
     pad: int
@@ -31,94 +33,138 @@ class Vocabulary:
     special: np.ndarray = field(repr=False)  # bool, `size`: never masked, never drawn
     begins_word: np.ndarray = field(repr=False)  # bool, `size`: False where a token continues the word before it
     may_replace: np.ndarray = field(repr=False)  # bool, `size`: may stand in for a masked token
+    added: dict[str, int] = field(default_factory=dict)  # tokens after the last piece: what a bare SentencePiece file lacks
+
+    def stated(self) -> dict:
+        """What the manifest says of the tokenizer."""
+        return {key: getattr(self, key) for key in ("fingerprint", "name", *ROLES, "added")} | {"vocab_size": self.size}
 
 
-def _backend(tokenizer) -> Tokenizer:
-    """A copy of the Rust tokenizer behind a transformers tokenizer that neither cuts nor pads."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"tokenizer {tokenizer.name_or_path}: only a slow (Python) form; save the fast one as "
-                         "tokenizer.json (AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(DIR))")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()  # all-MiniLM-L6-v2's tokenizer.json cuts and pads to 128
-    backend.no_padding()
-    return backend
+def _fast(slow):
+    """The fast form of a Python tokenizer over a SentencePiece model.  ValueError where a probe gets other ids."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from transformers import PreTrainedTokenizerFast
 
-
-def _role_ids(tokenizer) -> dict[str, int | None]:
-    return {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
-
-
-def fingerprint(tokenizer) -> str:
-    """sha256 of what a tokenizer does: (id, token) pairs, special ids, the ids of a fixed text.
-
-    `tokenizer` is an opened fast transformers tokenizer; its name, folder, truncation and padding do not count.
-    """
-    backend, roles = _backend(tokenizer), _role_ids(tokenizer)
-    pairs = sorted((number, token) for token, number in backend.get_vocab(with_added_tokens=True).items())
-    probe = backend.encode(PROBE, add_special_tokens=False).ids
-    return hashlib.sha256(json.dumps([pairs, roles, probe]).encode()).hexdigest()
-
-
-def _begins_word(tokens: list[str], model: dict) -> np.ndarray:
-    """bool a token: WordPiece marks what continues (##), SentencePiece and byte-level BPE what begins."""
-    prefix = model.get("continuing_subword_prefix")
-    if prefix:
-        return np.array([not token.startswith(prefix) for token in tokens])
-    begins = [np.array([token.startswith(mark) for token in tokens]) for mark in "\u2581\u0120"]
-    best = max(begins, key=np.sum)
-    return best if best.any() else np.ones(len(tokens), bool)  # a vocabulary of whole words marks nothing
+    proto = ModelProto.FromString(slow.sp_model.serialized_model_proto())
+    trained, rules = proto.trainer_spec, proto.normalizer_spec
+    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
+    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
+    after = slow.convert_ids_to_tokens(range(len(ids), len(slow)))
+    scores = [piece.score for piece in proto.pieces]
+    if trained.model_type == trained.UNIGRAM:
+        model = models.Unigram([*zip(ids, scores)], unk_id=slow.sp_model.unk_id(), byte_fallback=trained.byte_fallback)
+    elif trained.model_type == trained.BPE:
+        learned = sorted((piece for piece in proto.pieces if piece.type == piece.NORMAL), key=lambda piece: -piece.score)
+        cuts = [(piece.piece[:at], piece.piece[at:]) for piece in learned for at in range(1, len(piece.piece))]
+        model = models.BPE(ids, [cut for cut in cuts if ids.keys() >= {*cut}], unk_token=slow.unk_token, fuse_unk=True,
+                           byte_fallback=trained.byte_fallback, ignore_merges=bool(own))
+    else:
+        raise ValueError("its SentencePiece model has words or characters, not unigram or BPE pieces")
+    charsmap = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    blanks = {"^ +| +$": "", " {2,}": " "} if rules.remove_extra_whitespaces else {}
+    replaced = [normalizers.Replace(Regex(old), new) for old, new in (blanks | {" ": "\u2581"}).items()]
+    first = [normalizers.Prepend("\u2581")] if rules.add_dummy_prefix else []
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([*charsmap, *replaced, *first])
+    if own:  # what a user defined is cut out of the text first, then found whole (ignore_merges)
+        longest_first = sorted(map(re.escape, own), key=len, reverse=True)
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(longest_first)), "isolated")
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in (*control, *after)])
+    for text in (PROBE, f"  {' a'.join(own)}{''.join(own)}b {PROBE.lower()} "):
+        ours, its = backend.encode(text).ids, slow.encode(text, add_special_tokens=False)
+        gap = sum(scores[number] for number in ours) - sum(scores[number] for number in its)
+        if ours != its and (trained.model_type == trained.BPE or abs(gap) > 1e-3):  # else a tie: SentencePiece adds in float32
+            raise ValueError("its SentencePiece model has no fast form with the same ids")
+    if slow.cls_token and slow.sep_token:
+        sep, cls = (slow.sep_token, slow.sep_token_id), (slow.cls_token, slow.cls_token_id)
+        backend.post_processor = processors.BertProcessing(sep, cls)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **slow.special_tokens_map)
 
 
 def plain(tokenizer):
     """The same tokenizer without stored truncation and padding (all-MiniLM-L6-v2's: 128), so that it saves none either."""
-    if getattr(tokenizer, "is_fast", False):
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     for key in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)  # what other programs left in tokenizer_config.json
     return tokenizer
 
 
 def auto_tokenizer(name: str):
-    """The transformers tokenizer of a folder (never over the network) or of a hub name, plain."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or folder.exists()):
-        raise ValueError(f"tokenizer {name}: no such folder; give a folder that holds tokenizer.json, "
-                         "or a hub name such as bert-base-uncased")
+    """The fast transformers tokenizer, plain, of a folder or SentencePiece file (never over the network) or a hub name."""
+    path = Path(name).expanduser()
+    here, is_file = path.exists(), path.suffix == ".model"
+    instead = "give a folder that holds tokenizer.json, a SentencePiece FILE.model, or a hub name such as bert-base-uncased"
+    if path.is_file() != is_file or not here and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        raise ValueError(f"tokenizer {name}: no such {'file' if is_file else 'folder'}; {instead}")
     from transformers import AutoTokenizer  # here, because it loads torch
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+    stored = [path] if is_file else [*path.glob("*.model"), *path.glob("tokenizer.json"), *path.glob("vocab.*")]
+    bare = [file.suffix for file in stored] == [".model"]
     try:
-        if folder.is_dir():
-            return plain(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
-        return plain(AutoTokenizer.from_pretrained(name))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path) if here else name, local_files_only=here)
+            # a class that reads other files (BertTokenizer) knows five tokens; the general one loses the first space
+            reads = tokenizer.vocab_files_names.get("vocab_file")
+            bare = bare and (reads != stored[0].name or type(tokenizer).__name__ == "TokenizersBackend")
+        except Exception:
+            if not bare:
+                raise
+        if bare:  # the roles that have no piece get the ids after the last one
+            tokenizer = SentencePieceBackend(vocab_file=str(stored[0]))
+            known, model = tokenizer.get_vocab(), tokenizer.sp_model
+            roles = {role: f"<{role}>" if f"<{role}>" in known else f"[{role.upper()}]" for role in ROLES}
+            roles = {"unk": model.id_to_piece(model.unk_id())} | roles
+            tokenizer.add_special_tokens({f"{role}_token": token for role, token in roles.items()})
+        return plain(tokenizer if tokenizer.is_fast else _fast(tokenizer))
     except Exception as error:  # transformers lets errors of a dozen types through, most with many lines
         reason = str(error).strip().split("\n")[0][:200]
-        wrong = "holds no tokenizer" if folder.is_dir() else "no such folder, nor a hub name that can be reached"
-        raise ValueError(f"tokenizer {name}: {wrong} ({type(error).__name__}: {reason}); give a folder that holds "
-                         "tokenizer.json, or a hub name such as bert-base-uncased") from error
+        wrong = "holds no tokenizer" if here else "no such folder, nor a hub name that can be reached"
+        raise ValueError(f"tokenizer {name}: {wrong} ({type(error).__name__}: {reason}); {instead}") from error
+
+
+def fingerprint(tokenizer) -> str:
+    """sha256 of what a fast tokenizer, which it makes plain, does: (id, token) pairs, special ids, the ids of a fixed text."""
+    probe = plain(tokenizer).backend_tokenizer.encode(PROBE, add_special_tokens=False).ids
+    pairs = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    roles = {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
+    return hashlib.sha256(json.dumps([pairs, roles, probe]).encode()).hexdigest()
+
+
+def _begins_word(tokens: list[str], model: dict) -> np.ndarray:
+    """bool a token: WordPiece marks what continues (##), SentencePiece and byte-level BPE what begins.
+
+    Under the latter punctuation alone begins a word too, as in BERT; digits, bytes (<0x0A>) and user-defined pieces do not.
+    """
+    if prefix := model.get("continuing_subword_prefix"):
+        return np.array([not token.startswith(prefix) for token in tokens])
+    marked = max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum)
+    alone = [set(token) <= set(string.punctuation) for token in tokens]
+    return np.logical_or(marked, alone) if any(marked) else np.ones(len(tokens), bool)  # whole words bear no mark
 
 
 def open_tokenizer(name: str) -> Vocabulary:
-    """Open a folder or hub name through AutoTokenizer.  ValueError, one line, says what to give instead."""
+    """Open a folder, SentencePiece file or hub name.  ValueError, one line, says what to give instead."""
     tokenizer = auto_tokenizer(str(name))
-    backend, roles = _backend(tokenizer), _role_ids(tokenizer)
+    backend, roles = tokenizer.backend_tokenizer, {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
     missing = [role for role, number in roles.items() if number is None]
     if missing:
         raise ValueError(f"tokenizer {name}: no {' and no '.join(missing)} token; name one in its "
                          f"tokenizer_config.json ({json.dumps(missing[0] + '_token')}), or give a BERT-like tokenizer")
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    size = max(vocabulary.values()) + 1
-    tokens = [""] * size
-    for token, number in vocabulary.items():
-        tokens[number] = token
-    special = np.zeros(size, bool)
-    special[[n for n in tokenizer.all_special_ids if n < size]] = True
-    special[[n for n, added in backend.get_added_tokens_decoder().items() if added.special]] = True
+    token_of = {number: token for token, number in tokenizer.get_vocab().items()}
+    last = max(backend.get_vocab(with_added_tokens=False).values())
+    tokens = [token_of.get(number, "") for number in range(max(token_of) + 1)]
+    special = np.zeros(len(tokens), bool)
+    special[[number for number, added in backend.get_added_tokens_decoder().items() if added.special]] = True
     model = json.loads(backend.to_str())
     if (model["pre_tokenizer"] or {}).get("type") == "ByteLevel":
         model["pre_tokenizer"]["add_prefix_space"] = True  # sentences are laid end to end: a word begins each
     return Vocabulary(
-        name=str(name), json=json.dumps(model), size=size, **roles, unk=tokenizer.unk_token,
+        name=str(name), json=json.dumps(model), size=len(tokens), **roles, unk=tokenizer.unk_token,
+        added={token_of[number]: number for number in sorted(token_of) if number > last},
         fingerprint=fingerprint(tokenizer), special=special,
         begins_word=_begins_word(tokens, model["model"]) | special,
         may_replace=~special & np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens]),

@@ -78,7 +78,7 @@ def shards_folder(tmp_path_factory, tokenizer_folder, text_folder) -> Path:
 
     out = tmp_path_factory.mktemp("data") / "shards"
     build([str(text_folder)], str(tokenizer_folder), out, workers=1, sentences="auto", row_length=48, one_segment=False,
-          masking="whole-word", mask_sets=2, held_out=0.05, shards=3, seed=0)
+          masking="whole-word", mask_sets=2, held_out=0.05, shards=3, seed=0, dedup=False)
     return out
 
 
@@ -99,3 +99,31 @@ def teacher_folder(tmp_path_factory, tokenizer_folder) -> Path:
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_rank(inputs, tmp_path_factory) -> Path:
+    """A straight run of 6 steps on one rank, one student, no dropout."""
+    from runs import SETTINGS, SMALL, launch
+
+    out = tmp_path_factory.mktemp("one") / "run"
+    launch(*inputs, "--student", SMALL, "--out", out, *SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="session")
+def two_ranks_in_pieces(inputs, tmp_path_factory) -> tuple[Path, Path]:
+    """The same on two ranks, four micro batches each, ZeRO-1 -> (the run, its engine file)."""
+    from runs import SETTINGS, SMALL, launch
+
+    out = tmp_path_factory.mktemp("pieces") / "run"
+    engine = out.with_name("engine.json")
+    engine.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}))
+    launch(*inputs, "--student", SMALL, "--out", out, *SETTINGS, "save_every=2", "--engine", engine, ranks=2, form="deepspeed")
+    return out, engine
+
+
+@pytest.fixture(scope="session")
+def inputs(shards_folder, teacher_folder) -> list[str]:
+    """The options that every run of general distillation needs here."""
+    return ["--shards", str(shards_folder), "--teacher", str(teacher_folder), "--teacher-dtype", "fp32"]

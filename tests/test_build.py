@@ -1,18 +1,21 @@
 """Whole builds: the same bytes from any number of workers, what is held out stays out, and what bad input is told."""
 
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from shards import block, look
-from shards.build import SHARD_BYTES, held_out_documents, main
-from shards.pairs import draw_rows
-from shards.store import Store
+from shards.build import main
+from shards.pairs import cut_documents, draw_rows
+from shards.store import SHARD_BYTES, Store, held_out_documents, plan
+from shards.tokenizer import open_tokenizer
 from tests.conftest import generated_documents, save_tokenizer
 
 
@@ -31,19 +34,36 @@ def built(tmp_path_factory, text_folder, tokenizer_folder):
     return out
 
 
+EVERY = np.ones(2000, bool)
+
+
 def sums(manifest):
     return [shard.sha256 for shard in manifest.shards + manifest.held_out]
 
 
-def test_any_number_of_workers_writes_the_same_bytes(built, tmp_path, text_folder, tokenizer_folder):
-    command = [sys.executable, "-m", "shards.build", str(text_folder), "--tokenizer", str(tokenizer_folder), "--out",
-               str(tmp_path / "three"), "--shards=4", "--held-out=0.1", "--row-length=64", "--workers=3"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    here, there = block.read_manifest(built), block.read_manifest(tmp_path / "three")
-    assert here == there and len(here.shards) == 4
-    assert sorted(p.name for p in (tmp_path / "three").iterdir()) == sorted(
-        ["manifest.json", *(shard.name for shard in here.shards + here.held_out)])
+def files(out):
+    """sha256 of every file of a finished build."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
+
+
+def test_any_number_of_workers_and_parts_writes_the_same_bytes(built, tmp_path, text_folder, tokenizer_folder, capsys,
+                                                               monkeypatch):
+    """Three workers; two parts by hand, each run until it has nothing to do; two ranks at once."""
+    monkeypatch.setattr("shards.store.PIECE_CHARS", 2000)  # of the parts alone: pieces leave no trace in the bytes
+    words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--shards=4", "--held-out=0.1", "--row-length=64"]
+    hand = [*words, "--workers=1", "--out", str(tmp_path / "hand")]
+    ranks = [subprocess.Popen([sys.executable, "-m", "shards.build", *words, "--workers=1", "--out", str(tmp_path / "ranks"),
+                               f"--local_rank={rank}"], env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
+             for rank in range(2)]
+    for part, says in (("1/2", "pieces of others are missing: run --part 2/2 next"),
+                       ("2/2", "shards of others are missing: run --part 1/2 next"), ("1/2", "rows held out")):
+        assert main([*hand, "--part", part]) == 0
+        assert says in capsys.readouterr().out
+    three = [sys.executable, "-m", "shards.build", *words, "--workers=3", "--out", str(tmp_path / "three")]
+    assert subprocess.run(three, capture_output=True, check=False).returncode == 0
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert files(tmp_path / "hand") == files(tmp_path / "three") == files(tmp_path / "ranks") == files(built)
+    assert len(block.read_manifest(built).shards) == 4 and {"manifest.json", "vocabulary.npy"} < files(built).keys()
 
 
 def test_another_seed_gives_other_rows(built, tmp_path, text_folder, tokenizer_folder):
@@ -53,15 +73,60 @@ def test_another_seed_gives_other_rows(built, tmp_path, text_folder, tokenizer_f
 
 def test_the_manifest_states_what_came_out(built):
     manifest = block.read_manifest(built)
-    parts = [block.read_shard(built, shard) for shard in manifest.shards]
-    whole, counts = block.Block.joined(parts), manifest.counts
+    whole = block.Block.joined([block.read_shard(built, shard) for shard in manifest.shards])
+    counts = manifest.counts
     assert manifest.rows == whole.rows and manifest.tokens == len(whole.ids)
-    assert counts["documents"] == 60 and counts["held_out_documents"] == held_out_documents(60, 0.1, 0).sum() >= 1
-    assert counts["random_next"] == pytest.approx(whole.is_random.mean(), abs=1e-5)
-    assert counts["masked"] == pytest.approx(len(whole.mask_ids) / 3 / len(whole.ids), abs=1e-5)
-    assert counts["mean_length"] == pytest.approx(whole.lengths.mean(), abs=1e-4)
+    assert counts["documents"] == 60 and counts["held_out_documents"] == held_out_documents(EVERY[:60], 0.1, 0).sum() >= 1
+    assert counts["random_next"] == whole.is_random.mean()
+    assert counts["masked"] == len(whole.mask_ids) / 3 / len(whole.ids)
+    assert counts["mean_length"] == whole.lengths.mean()
+    assert counts["random_of_one"] == 1 and 0.4 < counts["random_of_several"] < 0.6
+    assert counts["sources"] == [{"name": str(manifest.settings["sources"][0]["name"]), "weight": 1.0, "share": 1.0}]
     assert whole.lengths.max() <= 64 and 0.12 < counts["masked"] < 0.16
     assert manifest.tokenizer["vocab_size"] > whole.ids.max() and manifest.settings["seed"] == 0
+
+
+def test_a_vocabulary_file_says_what_ids_are(built, tokenizer_folder):
+    manifest, data = block.read_manifest(built), (built / "vocabulary.npy").read_bytes()
+    flags, vocabulary = np.load(built / "vocabulary.npy"), open_tokenizer(str(tokenizer_folder))
+    assert hashlib.sha256(data).hexdigest() == manifest.vocabulary and len(flags) == vocabulary.size
+    for bit, expected in ((1, vocabulary.special), (2, vocabulary.begins_word), (4, vocabulary.may_replace)):
+        assert ((flags & bit > 0) == expected).all()
+
+
+def test_weights_repeat_and_thin_sources(tmp_path, tokenizer_folder):
+    for number, count in enumerate((80, 50, 200)):
+        text = "\n\n".join("\n".join(document) for document in generated_documents(count, seed=number))
+        (tmp_path / f"{number}.txt").write_text(text)
+    manifest = build(tmp_path / "out", tmp_path / "0.txt", f"{tmp_path}/1.txt=2.5", f"{tmp_path}/2.txt=0.25",
+                     tokenizer=tokenizer_folder, held_out=0)
+    store = {}
+    for number, weight in enumerate((1, 2.5, 0.25)):
+        alone = build(tmp_path / f"alone-{number}", tmp_path / f"{number}.txt", tokenizer=tokenizer_folder, held_out=0)
+        store[number] = weight * alone.counts["tokens"]
+    counts = manifest.counts
+    assert [source["weight"] for source in counts["sources"]] == [1, 2.5, 0.25]
+    assert counts["documents"] + counts["dropped_thinned"] == 330 and 120 < counts["dropped_thinned"] < 180
+    for number, source in enumerate(counts["sources"]):
+        assert source["share"] == pytest.approx(store[number] / sum(store.values()), abs=0.05)
+    once = build(tmp_path / "once", f"{tmp_path}/0.txt=2", tmp_path / "1.txt", tokenizer=tokenizer_folder, held_out=0)
+    twice = [2 * store[0], store[1] / 2.5]
+    assert [source["share"] for source in once.counts["sources"]] == [tokens / sum(twice) for tokens in twice]
+    assert manifest.tokens == pytest.approx(1.25 * sum(store.values()), rel=0.15)
+
+
+def test_dedup_drops_documents_whose_normalized_text_was_seen(tmp_path, tokenizer_folder):
+    documents = generated_documents(30)
+    text = "\n\n".join("\n".join(document) for document in documents)
+    (tmp_path / "a.txt").write_text(text)
+    again = "\n\n".join("  ".join(document).upper() for document in documents[:12])  # other case, spacing, lines
+    (tmp_path / "b.txt").write_text(again + "\n\nA new one . It is short .\n\nA new one . It is short .\n")
+    both = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    manifest = build(tmp_path / "dedup", *both, tokenizer=tokenizer_folder, sentences="lines", dedup=True)
+    assert manifest.counts["dropped_duplicate"] == 13 and manifest.counts["documents"] == 31
+    assert manifest.counts["sources"][1]["share"] < 0.1
+    every = build(tmp_path / "every", *both, tokenizer=tokenizer_folder, sentences="lines")
+    assert "dropped_duplicate" not in every.counts and every.counts["documents"] == 44
 
 
 def text_of(tokenizer, block):
@@ -78,7 +143,7 @@ def test_held_out_sentences_are_in_no_training_row(built, tokenizer_folder):
     train = "\n".join(t for shard in manifest.shards for t in text_of(tokenizer, block.read_shard(built, shard)))
     held = "\n".join(t for shard in manifest.held_out for t in text_of(tokenizer, block.read_shard(built, shard)))
     documents = generated_documents()
-    is_held = held_out_documents(60, 0.1, 0)
+    is_held = held_out_documents(EVERY[:60], 0.1, 0)
     found = {(bool(kept), where): 0 for kept in (True, False) for where in ("train", "held")}
     for document, kept in zip(documents, is_held, strict=True):
         for sentence in document:
@@ -94,10 +159,12 @@ def test_held_out_sentences_are_in_no_training_row(built, tokenizer_folder):
 
 @pytest.mark.parametrize("count, share, least", [(2, 0.9, 0), (3, 0.001, 1), (1000, 0.01, 2), (1000, 0.0, 0)])
 def test_held_out_documents_are_drawn_by_number(count, share, least):
-    held = held_out_documents(count, share, 7)
+    held = held_out_documents(EVERY[:count], share, 7)
     assert len(held) == count and least <= held.sum() <= max(1, 3 * share * count)
     if share * count > 5:  # more documents change nothing for those before
-        assert (held_out_documents(count + 50, share, 7)[:count] == held).all()
+        assert (held_out_documents(EVERY[:count + 50], share, 7)[:count] == held).all()
+    there = np.arange(count) % 2 == 0
+    assert not (held_out_documents(there, share, 7) & ~there).any()
 
 
 def test_webdataset_reads_the_shards(built):
@@ -136,12 +203,13 @@ def test_look_verifies_and_names_the_bad_shard(built, capsys, damage, says):
 
 
 def test_look_shows_a_row_as_text(built, capsys, tokenizer_folder, tmp_path):
-    assert look.main([str(built), "--row", "train-00001:3", "--mask-set", "2"]) == 0
+    assert look.main([str(built), "--row", "train-00001:3"]) == 0
     shown = capsys.readouterr().out
-    assert "[CLS]" in shown and "[MASK]" in shown and "B follows A" in shown or "random B" in shown
+    text, *sets = ["".join(shown.splitlines()[1:3]), *shown.splitlines()[3:]]
+    assert text.count("[SEP]") == 2 and "[MASK]" not in text and ("B follows A" in shown or "random B" in shown)
+    assert len({line[8:] for line in sets}) == 3 and all("[CLS]" in line and "[MASK]" in line for line in sets)
     other = save_tokenizer(tmp_path, tokenizer_class="PreTrainedTokenizerFast", mask_token="[unused1]")
-    for words, says in ((["--row", "train-00001:99999"], "give SHARD:N, with train-00000:0.."),
-                        (["--row", "train-00001:0", "--mask-set", "3"], "sets 0 to 2"),
+    for words, says in ((["--row", "train-00001:99999"], "give SHARD:N, such as train-00000:0 to train-00000:"),
                         (["--row", "train-00001:0", "--tokenizer", str(other)], "not the one of these shards")):
         assert look.main([str(built), *words]) == 1
         assert says in capsys.readouterr().err
@@ -154,7 +222,7 @@ def test_look_finds_rows_far_into_a_large_shard(tmp_path, tokenizer_folder, caps
     assert manifest.tokens > 2**16  # lengths are uint16: sums of them must not be
     assert look.main([str(tmp_path / "out"), "--row", f"train-00000:{manifest.rows - 1}"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("[CLS]") == 2 and "\nset 0   " in shown
+    assert shown.count("[CLS]") == 4 and "\nset 0   " in shown
 
 
 def test_one_sentence_of_5000_words_is_not_cut_by_the_tokenizer(tmp_path):
@@ -194,19 +262,33 @@ def test_a_second_build_says_so_and_other_settings_are_an_error(built, text_fold
     assert (built / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_bad_records_are_skipped_counted_and_named(tmp_path, tokenizer_folder, capsys):
+    good = "\n\n".join("\n".join(document) for document in generated_documents(8)).encode()
+    (tmp_path / "a.txt").write_bytes(good + b"\n\nA bad \xff line .\nA good one .\n")
+    words = [str(tmp_path / "a.txt"), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), "--workers=1"]
+    assert main(words) == 2
+    assert "0xff" in (error := capsys.readouterr().err) and "--on-error skip" in error
+    assert main([*words, "--on-error=skip"]) == 0
+    counts = block.read_manifest(tmp_path / "out").counts
+    assert counts["bad_records"] == 1 and counts["documents"] == 9
+    assert len(counts["bad"]) == 1 and f"{tmp_path}/a.txt: line " in counts["bad"][0]
+    shown = capsys.readouterr().out
+    assert "bad records: 1" in shown and f"left out: {counts['bad'][0]}" in shown
+
+
 ERRORS = [
-    (["pyton-docs"], "did you mean python-docs"),
     (["SOURCE", "--row-length=4"], "--row-length 4: must be between 8 and 8,192"),
     (["SOURCE", "--held-out=1"], "--held-out 1.0: must be between 0 and 0.9"),
     (["SOURCE", "--mask-sets=0"], "--mask-sets 0: must be between 1"),
-    (["SOURCE", "--workers=0"], "--workers 0: must be 1 or more"),
+    (["SOURCE", "--workers=0"], "--workers 0: must be between 1"),
     (["SOURCE", "--seed=-1"], "--seed -1: must be between 0"),
     (["SOURCE", "--shards=1000"], "--shards 1000: the documents fill at most"),
+    (["SOURCE", "--part=3/2"], "--part 3/2: write K/N, the K-th of N parts"),
     (["SOURCE", "--rows=1"], "unrecognized arguments: --rows=1"),
     (["SOURCE", "SOURCE"], "given more than once; name it once"),
     (["SOURCE", "--tokenizer=./nothing"], "no such folder; give a folder that holds tokenizer.json"),
     (["ONE"], "to train on: 1, but random second segments need two at least; give more text, or --one-segment"),
-    (["BAD"], "line 3,001, byte 36,000: not UTF-8 (0xff)"),
+    (["BAD"], " 3,001"),  # its line
 ]
 
 
@@ -227,33 +309,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, text_folder, tokeniz
     assert not out.exists()
 
 
-def test_a_build_locks_its_folder_and_clears_what_a_killed_one_left(tmp_path, text_folder, tokenizer_folder, capsys):
+def test_a_build_locks_its_folder(tmp_path, text_folder, tokenizer_folder, capsys):
     words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path), "--workers=1"]
-    (tmp_path / "train-00007.tar").write_bytes(b"of a killed build")
+    (tmp_path / "train-00007.tar").write_bytes(b"of another program")
     assert main(words) == 2
     assert "holds shards without a manifest" in capsys.readouterr().err
-    (tmp_path / ".store").mkdir()
-    handle = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    assert main(words) == 2
-    assert "another build is writing there" in capsys.readouterr().err and (tmp_path / ".store").exists()
-    os.close(handle)
-    assert main(words) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["held-00000.tar", "manifest.json", "train-00000.tar"]
+    (tmp_path / "train-00007.tar").unlink()
+    assert main([*words, "--part=2/2"]) == 0
+    for held, mode in ((("lock", fcntl.LOCK_EX), ["--part=1/2"]), (("lock", fcntl.LOCK_SH), []), (("part-2", fcntl.LOCK_EX),
+                       ["--part=2/2"])):
+        with open(tmp_path / ".store" / held[0], "ab") as lock:
+            fcntl.flock(lock, held[1])
+            assert main([*words, *mode]) == 2
+        assert "another build is writing there" in capsys.readouterr().err and (tmp_path / ".store").exists()
+    assert main([*words, "--seed=1"]) == 2
+    error = capsys.readouterr().err
+    assert "seed: 0 there, 1 here" in error and f"remove {tmp_path}/.store" in error
+    assert main(words) == 0  # another number of parts goes on with what is there
+    assert sorted(files(tmp_path)) == ["held-00000.tar", "manifest.json", "train-00000.tar", "vocabulary.npy"]
 
 
 def test_shards_are_about_16_mb_without_a_number():
-    """The estimate in the plan, against bytes that were really written."""
-    from shards.build import Settings, _plan
-
-    settings = Settings(sources=[], tokenizer="", sentences="auto", row_length=128, one_segment=False, masking="token",
-                        mask_sets=3, held_out=0, shards=None, seed=0)
-    sentences = np.arange(0, 40_000_001, 25)
-    store = Store(np.zeros(1, np.uint16), sentences, np.arange(0, len(sentences), 50))
-    tasks = _plan(settings, store, np.zeros(len(store.documents) - 1, bool))
-    rows = draw_rows(store, np.arange(len(store.documents) - 1), *tasks[0][2:], 128, False,
-                     np.random.Generator(np.random.PCG64(0)))
-    tokens = (rows.a_end - rows.a_start + rows.b_end - rows.b_start + 3).sum()
+    """The estimate in the plan, against rows that were really drawn."""
+    settings = SimpleNamespace(row_length=128, one_segment=False, mask_sets=3, shards=None)
+    sentences, documents = np.arange(0, 40_000_001, 25), np.arange(0, 1_600_001, 50)
+    store = Store(np.zeros(1, np.uint16), sentences, documents, documents)
+    first, last = plan(settings, np.diff(sentences[documents]), np.zeros(0, int), 2)["train-00000"]
+    rng = np.random.Generator(np.random.PCG64(0))
+    spans, _ = draw_rows(store, cut_documents(store, first, last, 125, False, rng), 125, rng)
+    tokens = (spans[1] - spans[0] + spans[3] - spans[2] + 3).sum()
     assert 0.7 < tokens * 3.35 / SHARD_BYTES < 1.4  # 2 bytes an id and 3 sets of 15 % of 3 bytes
 
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AutoModel, BertConfig, BertModel, DistilBertConfig, ElectraConfig, ModernBertConfig, MPNetConfig,
-                          RobertaConfig)
+from transformers import (AlbertConfig, AutoModel, BertConfig, BertModel, DebertaV2Config, DistilBertConfig, ElectraConfig,
+                          ModernBertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig)
 
-from pretrain.encoder import ATTENTION, build_student, can_copy, check_trace, load_teacher, trace
+from pretrain.encoder import (ATTENTION, TEACHERS, build_student, can_copy, check_tokenizer, load_teacher, trace, windowed)
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.recipe import Shape
+from shards.block import read_manifest
 
 VOCABULARY = 61
 
@@ -48,25 +49,84 @@ def test_a_trace_is_what_eager_attention_computes():
     assert torch.equal(got.hidden[0], embedded)
 
 
-SMALL = dict(vocab_size=VOCABULARY, num_attention_heads=4, num_hidden_layers=2, hidden_size=32, intermediate_size=48,
+SMALL = dict(vocab_size=VOCABULARY, num_attention_heads=4, num_hidden_layers=3, hidden_size=32, intermediate_size=48,
              initializer_range=0.2)
+SMALL_TEACHERS = [
+    BertConfig(**SMALL), RobertaConfig(**SMALL), XLMRobertaConfig(**SMALL), ElectraConfig(**SMALL, embedding_size=16),
+    AlbertConfig(**SMALL, embedding_size=16),
+    DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_heads=4, n_layers=3, hidden_dim=48, initializer_range=0.2),
+    ModernBertConfig(**SMALL, local_attention=16, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                     cls_token_id=1, sep_token_id=2)]
 
 
-@pytest.mark.parametrize("config", [
-    RobertaConfig(**SMALL, max_position_embeddings=64), ElectraConfig(**SMALL, embedding_size=32),
-    DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_heads=4, n_layers=2, hidden_dim=48, initializer_range=0.2)],
-    ids=lambda c: c.model_type)
-def test_other_teachers_trace_too(config):
-    ids, segments, real = batch()
-    config._attn_implementation = ATTENTION
+@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
+def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
+    """Padded, longer than ModernBERT's window, loaded as a user loads it."""
+    ids, segments, real = batch(length=50)
+    ids[~real] = config.pad_token_id
     torch.manual_seed(0)
-    model = AutoModel.from_config(config).eval()
-    check_trace(model)
-    got = trace(model, ids, segments, real)
-    model.set_attn_implementation("eager")
+    whole = AutoModel.from_config(config, attn_implementation="eager").eval()
+    whole.save_pretrained(tmp_path)
+    model = load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
     extra = {"token_type_ids": segments} if getattr(config, "type_vocab_size", 0) >= 2 else {}
-    want = model(ids, attention_mask=real.long(), output_hidden_states=True, **extra)
-    torch.testing.assert_close(got.hidden[-1][real], want.hidden_states[-1][real], rtol=1e-4, atol=1e-5)
+    want = whole(ids, attention_mask=real.long(), output_hidden_states=True, output_attentions=True, **extra)
+    got = trace(model, ids, segments, real)
+    for a, b in zip(got.hidden, want.hidden_states, strict=True):
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
+    layers = zip(got.queries, got.keys, want.attentions, strict=True)
+    for layer, (query, key, probabilities) in enumerate(layers, start=1):
+        scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~real[:, None, None, :], -torch.inf)
+        if layer in windowed(model.config):  # the traces hold every pair; the teacher itself looked at a band of them
+            assert (probabilities[1, :, 0, 20:] == 0).all() and (scores.softmax(-1)[1, :, 0, 20:48] > 0).all()
+        else:
+            torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 4, -1)],
+                                       probabilities[real[:, None].expand(-1, 4, -1)], rtol=1e-4, atol=1e-6)
+    assert (windowed(model.config) == [2]) == (config.model_type == "modernbert")
+
+
+def test_there_is_a_small_one_of_every_teacher():
+    assert {config.model_type for config in SMALL_TEACHERS} == set(TEACHERS)
+
+
+def test_published_bin_weights_open_and_run_no_code(tmp_path):
+    model = bert().eval()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    teacher = load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert torch.equal(trace(teacher, *batch()).hidden[-1], trace(model, *batch()).hidden[-1])
+    torch.save({**model.state_dict(), "evil": Opener(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="its weights do not open"):
+        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Opener:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"pad_token_id": 1}, "config.json has pad_token_id=1, the shards pad with 0; write the tokenizer's pad id"),
+    ({"vocab_size": 7}, "7 embeddings for a tokenizer of"),
+    ({"max_position_embeddings": 47}, "rows of up to 48 tokens, the teacher .* reads 47; build them with --row-length 47")],
+    ids=str)
+def test_a_teacher_is_checked_against_the_shards(change, says, shards_folder, teacher_folder):
+    manifest, config = read_manifest(shards_folder), BertConfig.from_pretrained(teacher_folder)
+    check_tokenizer(str(teacher_folder), config, manifest)
+    with pytest.raises(ValueError, match=says):
+        check_tokenizer(str(teacher_folder), BertConfig(**{**config.to_dict(), **change}), manifest)
+
+
+@pytest.mark.parametrize("config", [MPNetConfig(**SMALL), DebertaV2Config(**SMALL)], ids=lambda c: c.model_type)
+def test_a_teacher_that_cannot_be_traced_is_refused_by_name(config, tmp_path):
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is a {config.model_type} model; its attention cannot be traced here"):
+        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
 def test_a_model_whose_attention_cannot_be_traced_is_refused():
@@ -149,9 +209,24 @@ def test_copied_layers_are_the_mapped_ones():
     assert torch.equal(student(ids, segments, real).hidden[1], trace(teacher.train(False), ids, segments, real).hidden[1])
 
 
-def test_copying_into_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"init=teacher needs the teacher's shape .*write init=random"):
-        build_student("s", Shape(layers=2, hidden=16, intermediate=24, heads=4), bert(), [1, 3], init="teacher", seed=0)
+def test_hidden_states_are_projected_to_the_teachers_width():
+    shapes = [Shape(layers=2, hidden=hidden, intermediate=24, heads=4) for hidden in (16, 32)]
+    narrow, wide = (build_student("s", shape, bert(), [1, 3], init="random", seed=0).eval() for shape in shapes)
+    rows = batch()
+    own, got = trace(narrow.encoder, *rows), narrow(*rows)
+    for mine, projected in zip(own.hidden, got.hidden, strict=True):
+        assert torch.equal(narrow.projection(mine), projected) and projected.shape[-1] == 32
+    assert (narrow.projection.bias == 0).all() and abs(narrow.projection.weight.std().item() - 0.02) < 0.004
+    assert wide.projection is None
+    assert torch.equal(wide(*rows).hidden[2], trace(wide.encoder, *rows).hidden[2])
+
+
+def test_groups_copy_their_last_layer():
+    teacher, shape = bert(), Shape(layers=3, hidden=32, intermediate=48, heads=4)
+    student = build_student("s", shape, teacher, [(1, 2), (), (3,)], init="teacher", seed=0)
+    for mine, theirs in ((0, 1), (1, 1), (2, 2)):
+        copied, source = student.encoder.encoder.layer[mine], teacher.encoder.layer[theirs]
+        assert torch.equal(copied.output.dense.weight, source.output.dense.weight)
 
 
 def test_a_teacher_is_loaded_without_dropout_and_gradients(tmp_path):
@@ -175,12 +250,6 @@ def test_a_cut_weights_file_is_said(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="its weights do not open"):
-        load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
-
-
-def test_a_teacher_with_windows_is_refused_by_name(tmp_path):
-    ModernBertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a modernbert model; its attention cannot be traced here"):
         load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
 
 

@@ -1,17 +1,14 @@
-"""The QNLI stage: labels by name, losses against direct sums, the same weights twice, whole stages, one-line errors."""
+"""QNLI's rows, losses and labels: read by name, batched whole, losses against direct sums, outputs in GLUE's order."""
 
 import json
 import shutil
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import SYLLABLES, save_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -19,18 +16,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    RobertaConfig,
 )
 
-from finetune import data, distill, docpairs, models, qnli, report, stage
-from finetune.docpairs import Pair
-from finetune.settings import COMMON, STAGE, Settings
+from finetune import data, distill
+from finetune.data import Pair
+from finetune.qnli import COMMON, STAGE, Settings
 from pretrain.encoder import Student, load_teacher
-from pretrain.recipe import override
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-QUICK = ["batch=8", "length=32", "teacher_epochs=1", "layers_epochs=1", "predictions_epochs=1", "gold_epochs=1",
-         "min_teacher=0", "teacher_lr=1e-3", "layers_lr=1e-3", "predictions_lr=1e-3"]
 
 
 def save_model(folder, tokenizer_folder, kind=BertModel, *, width=24, layers=3, heads=4, seed=0, **more):
@@ -60,10 +54,8 @@ def write_tsv(path, pairs):
     path.write_text("\n".join(["index\tquestion\tsentence\tlabel", *rows]) + "\n")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer_folder):
+def save_place(folder, tokenizer_folder):
     """A teacher, a narrower student and 40 + 20 rows."""
-    folder = tmp_path_factory.mktemp("qnli")
     save_model(folder / "teacher", tokenizer_folder)
     save_model(folder / "student", tokenizer_folder, width=16, layers=2, seed=1)
     (folder / "rows").mkdir()
@@ -72,20 +64,14 @@ def place(tmp_path_factory, tokenizer_folder):
     return folder
 
 
-def run(place, out, *more, teacher="teacher", student="student", rows="rows"):
-    return qnli.main(["--teacher", str(place / teacher), "--student", str(place / student), "--data", str(place / rows),
-                      "--out", str(out), *QUICK, *more])
-
-
 @pytest.fixture(scope="module")
-def done(place):
-    """A whole run."""
-    assert run(place, place / "out") == 0
-    return place / "out"
+def place(tmp_path_factory, tokenizer_folder):
+    """A teacher, a narrower student and 40 + 20 rows."""
+    return save_place(tmp_path_factory.mktemp("qnli"), tokenizer_folder)
 
 
 def rows_of(folder, pairs, length=32):
-    return data.tokenize(AutoTokenizer.from_pretrained(folder), pairs, length)
+    return data.Rows(AutoTokenizer.from_pretrained(folder), pairs, length)
 
 
 # data
@@ -98,6 +84,7 @@ def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
+    (b"question\tsentence\tlabel\n\xff?\tb\tentailment\n", "not UTF-8 .invalid start byte at byte 24"),
     ("index\tquestion\tsentence\n", "no column 'label'"),
     ("index\tquestion\tsentense\tlabel\n", "no column 'sentence'; did you mean 'sentense'"),
     ("index\tquestion\tsentence\tlabel\n", "a header and no rows"),
@@ -107,7 +94,7 @@ def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
     ("question\tsentence\tlabel\na?\t \tentailment\n", "line 2: an empty sentence"),
 ])
 def test_a_bad_tsv_names_file_and_line(tmp_path, text, says):
-    (tmp_path / "train.tsv").write_text(text)
+    (tmp_path / "train.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"train.tsv.*{says}"):
         data.read_tsv(tmp_path / "train.tsv")
 
@@ -116,68 +103,76 @@ def test_rows_are_cut_to_length_and_no_stored_truncation_acts(tmp_path):
     folder = save_tokenizer(tmp_path / "stored", truncation=12)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pair = Pair("ba " * 9, "be " * 40, 0)
-    whole, cut = (data.tokenize(tokenizer, [pair], length) for length in (64, 24))
-    assert len(whole.ids[0]) == 9 + 40 + 3
-    assert len(cut.ids[0]) == 24 and cut.segments[0] == [0] * 11 + [1] * 13  # 9 + [CLS] [SEP], then 12 + [SEP]
+    whole, cut = (data.Rows(tokenizer, [pair], length) for length in (64, 24))
+    assert len(whole.fields["input_ids"][0]) == 9 + 40 + 3
+    assert len(cut.fields["input_ids"][0]) == 24
+    assert cut.fields["token_type_ids"][0] == [0] * 11 + [1] * 13  # 9 + [CLS] [SEP], then 12 + [SEP]
     model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1,
                                                      num_attention_heads=2, intermediate_size=8))
-    models.save(model, tokenizer, tmp_path / "out")
+    distill.save(model, tokenizer, tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert stored["truncation"] is None and stored["padding"] is None
 
 
 def test_batches_hold_every_row_once_padded_to_eights(tokenizer_folder):
-    rows = rows_of(tokenizer_folder, made_up_pairs(103, 2))
+    pairs = made_up_pairs(103, 2)
+    rows = rows_of(tokenizer_folder, pairs)
     first, again, other = (list(rows.batches(4, torch.Generator().manual_seed(n))) for n in (0, 0, 1))
-    assert sorted(n for batch in first for n in batch.rows) == list(range(103))
-    assert [b.rows for b in first] == [b.rows for b in again] != [b.rows for b in other]
+    numbers, numbers_again, numbers_other = ([b.rows.tolist() for b in batches] for batches in (first, again, other))
+    assert sorted(sum(numbers, [])) == list(range(103))
+    assert numbers == numbers_again != numbers_other
     for batch in first:
-        assert batch.ids.shape == batch.real.shape == batch.segments.shape and batch.ids.shape[1] % 8 == 0
-        for row, n in enumerate(batch.rows):
-            assert batch.ids[row][batch.real[row]].tolist() == rows.ids[n]
-    waste = sum((~batch.real).sum().item() for batch in first) / sum(batch.ids.numel() for batch in first)
+        real = batch.attention_mask.bool()
+        assert batch.input_ids.shape == real.shape == batch.token_type_ids.shape and real.shape[1] % 8 == 0
+        assert real[:, 0].all() and (real.long().diff() <= 0).all()  # the padding is on the right
+        for row, n in enumerate(batch.rows.tolist()):
+            assert batch.input_ids[row][real[row]].tolist() == rows.fields["input_ids"][n]
+            assert batch.token_type_ids[row][real[row]].tolist() == rows.fields["token_type_ids"][n]
+            assert batch.labels[row] == pairs[n].label
+    waste = sum((1 - batch.attention_mask).sum().item() for batch in first) / sum(b.input_ids.numel() for b in first)
     assert waste < 0.3
 
 
-def test_python_docs_hold_no_package_in_both_splits_and_say_nothing_by_one_text(monkeypatch):
-    found = list(docpairs.docstrings())  # read once: it takes seconds
-    monkeypatch.setattr(docpairs, "docstrings", lambda: found)
-    train, dev = docpairs.docs_pairs(0)
-    assert len(train) > 2000 and 0.03 < len(dev) / len(train) < 0.15
-    modules = docpairs._modules()
-    packages = {doc.sentences[0]: docpairs.package(module) for module, docs in modules.items() for doc in docs}
-    assert not {packages[pair.sentence] for pair in train} & {packages[pair.sentence] for pair in dev}
-    for split in (train, dev):
-        assert len(set(split)) == len(split)
-        for text in (0, 1):  # each question and each sentence stands once with each label
-            assert set(Counter((pair[text], pair.label) for pair in split).values()) == {1}
-            assert {pair[text] for pair in split if pair.label} == {pair[text] for pair in split if not pair.label}
-    assert docpairs.docs_pairs(0) == (train, dev) != docpairs.docs_pairs(1)
+def test_what_is_said_of_rows_stands_in_their_order(tokenizer_folder):
+    rows = rows_of(tokenizer_folder, made_up_pairs(300, 2))
+    assert torch.equal(distill.each_row(lambda batch: batch.rows, rows, CPU), torch.arange(300.0))
+    assert torch.equal(distill.each_row(lambda batch: batch.labels, rows, CPU), rows.labels.float())
+
+
+def test_glue_without_a_hub_says_what_to_do(monkeypatch):
+    def offline(*_):
+        raise ConnectionError("no route\nat all")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ValueError, match=r"data glue: .*ConnectionError: no route\)\. With no network give"):
+        data.load("glue")
 
 
 # losses
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_prediction_loss_is_a_divergence_summed_over_labels(temperature):
-    s, t = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
-    p, q = (torch.softmax(x.double() / temperature, -1) for x in (t, s))
-    direct = (p * (p.log() - q.log())).sum(-1)
-    torch.testing.assert_close(distill.prediction_kl(s, t, temperature), direct.float(), rtol=1e-5, atol=1e-7)
-    assert distill.prediction_kl(t, t, temperature).abs().max() < 1e-7
+def test_the_prediction_loss_is_a_divergence_summed_over_labels(place, temperature):
+    teacher, student = (distill.open_classifier(place / name, 0, CPU) for name in ("teacher", "student"))
+    batch = rows_of(place / "student", made_up_pairs(7, 3)).batch(list(range(7)))
+    s, t = (torch.softmax(distill.logits(model, batch).double() / temperature, -1) for model in (student, teacher))
+    direct = (t * (t.log() - s.log())).sum(-1)
+    loss = distill.prediction_loss(teacher, temperature, student, batch)
+    torch.testing.assert_close(loss, direct.float(), rtol=1e-3, atol=1e-7)
+    assert distill.prediction_loss(teacher, temperature, teacher, batch).abs().max() < 1e-7
 
 
 def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
     teacher = load_teacher(str(place / "teacher"), torch.float32, CPU)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    model = models.open_classifier(str(place / "student"), 0)
+    model = distill.open_classifier(place / "student", 0, CPU)
     student = Student(model.base_model, 24)
-    loss = distill.layer_loss(student, teacher, [2, 3], {"embedding": 1.0, "hidden": 1.0, "attention": 1.0})
+    loss = partial(distill.layer_loss, teacher, [2, 3], {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}, student)
     modes = []
 
     def measure():
         modes.append(teacher.training or any(part.training for part in teacher.modules()))
-        return {}
+        return 0.0
 
     settings = Settings(layers_lr=3e-3, layers_epochs=4, batch=8)
     curve = distill.fit(student, loss, rows_of(place / "teacher", made_up_pairs(40, 3)), settings, "layers", 0, measure)
@@ -188,30 +183,36 @@ def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(place):
-    model = models.open_classifier(str(place / "student"), 0)
+    model = distill.open_classifier(place / "student", 0, CPU)
     rows = rows_of(place / "student", made_up_pairs(8, 3))
     with pytest.raises(ValueError, match="gold: the loss became nan; write a smaller gold_lr="):
-        distill.fit(model, lambda batch: models.logits(model, batch)[:, 0] * np.nan, rows, Settings(), "gold", 0, dict)
+        distill.fit(model, lambda batch: distill.logits(model, batch)[:, 0] * np.nan, rows, Settings(), "gold", 0, float)
 
 
 def test_the_best_epoch_is_what_the_model_ends_with(place):
-    model = models.open_classifier(str(place / "student"), 0)
+    model = distill.open_classifier(place / "student", 0, CPU)
     seen, marks = [], iter([0.5, 0.9, 0.7])
 
     def measure():
-        seen.append(model.classifier.weight.clone())
-        return {"dev_accuracy": next(marks)}
+        seen.append(model.classifier.weight.detach().clone())
+        return next(marks)
 
     rows = rows_of(place / "student", made_up_pairs(16, 3))
-    distill.fit(model, distill.gold_loss(model), rows, Settings(gold_lr=1e-2), "gold", 0, measure, best="dev_accuracy")
+    distill.fit(model, partial(distill.gold_loss, model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-def test_rates():
-    settings = Settings(warmup=0.2, gold_lr=1.0, layers_lr=2.0)
-    assert [round(settings.rate("gold", step, 10), 3) for step in range(10)] == [
-        0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
-    assert {settings.rate("layers", step, 10) for step in range(10)} == {2.0}
+def test_rates(place, monkeypatch):
+    """Linear up over the warm-up and down to 0 after the last update; constant for the layers."""
+    used, stepped = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (used.append(self.param_groups[0]["lr"]), stepped(self)))
+    model = distill.open_classifier(place / "student", 0, CPU)
+    rows = rows_of(place / "student", made_up_pairs(10, 3))
+    settings = Settings(warmup=0.2, gold_lr=1e-3, layers_lr=2e-3, batch=2, gold_epochs=2, layers_epochs=2)
+    for stage in ("gold", "layers"):
+        distill.fit(model, partial(distill.gold_loss, model), rows, settings, stage, 0, lambda: 0.5)
+    assert used[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
+    assert used[10:] == [2e-3] * 10
 
 
 def test_every_setting_belongs_to_a_stage():
@@ -227,180 +228,39 @@ def test_outputs_go_by_name(tmp_path, tokenizer_folder, names):
     folder = save_model(tmp_path / "m", tokenizer_folder, BertForSequenceClassification,
                         id2label=dict(enumerate(names)), label2id={name: n for n, name in enumerate(names)})
     batch = rows_of(folder, made_up_pairs(6, 4)).batch(list(range(6)))
-    ours = models.open_classifier(str(folder), 0).eval()
+    ours = distill.open_classifier(folder, 0, CPU)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        said = theirs(batch.ids, batch.real.long(), batch.segments).logits
-        torch.testing.assert_close(models.logits(ours, batch), said[:, [1, 0]])
+        said = theirs(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits
+        torch.testing.assert_close(distill.logits(ours, batch), said[:, [1, 0]])
     assert ours.config.id2label == {0: "entailment", 1: "not_entailment"}
-
-
-def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
-    folder = save_model(tmp_path / "given", tokenizer_folder, BertForSequenceClassification)
-    model = models.open_classifier(str(folder), 0).eval()
-    dev = made_up_pairs(20, 1)
-    batch = rows_of(folder, dev).batch(list(range(20)))
-    said = models.logits(model, batch).argmax(-1).tolist()
-    (tmp_path / "rows").mkdir()
-    opposite = [pair._replace(label=1 - label) for pair, label in zip(dev, said, strict=True)]
-    for name in ("train.tsv", "dev.tsv"):
-        write_tsv(tmp_path / "rows" / name, opposite)
-    assert run(place, tmp_path / "out", teacher=folder, rows=tmp_path / "rows") == 0
-    record = json.loads((tmp_path / "out" / "teacher" / "stage.json").read_text())
-    assert record["figures"] == {"dev_accuracy": 1.0, "epochs": []}
-    flipped = load_file(tmp_path / "out" / "teacher" / "model.safetensors")
-    assert torch.equal(flipped["classifier.weight"], model.classifier.weight[[1, 0]])
 
 
 def test_another_tasks_head_is_not_taken_for_qnlis(tmp_path, tokenizer_folder):
     names = {0: "contradiction", 1: "neutral", 2: "entailment"}
     folder = save_model(tmp_path / "mnli", tokenizer_folder, BertForSequenceClassification, id2label=names)
-    assert models.output_names(AutoModel.from_pretrained(folder).config) is None
-    one, two = (models.open_classifier(str(folder), seed) for seed in (0, 1))
+    assert distill.output_names(AutoModel.from_pretrained(folder).config) is None
+    one, two = (distill.open_classifier(folder, seed, CPU) for seed in (0, 1))
     assert one.classifier.weight.shape == (2, 24) and not torch.equal(one.classifier.weight, two.classifier.weight)
     assert torch.equal(one.bert.pooler.dense.weight, two.bert.pooler.dense.weight)
 
 
-# stages
+@pytest.mark.parametrize("width", [24, 23])
+def test_the_projection_of_general_distillation_is_taken_where_it_fits(place, tmp_path, width):
+    model = distill.open_classifier(place / "student", 0, CPU)
+    drawn, again, other = (distill.with_projection(model, str(tmp_path), 24, seed).projection.weight for seed in (0, 0, 1))
+    assert torch.equal(drawn, again) and not torch.equal(drawn, other)
+    save_file({"weight": torch.ones(width, 16), "bias": torch.ones(width)}, tmp_path / "projection.safetensors")
+    taken = distill.with_projection(model, str(tmp_path), 24, 0).projection
+    assert torch.equal(taken.weight, torch.ones(24, 16) if width == 24 else drawn)
+    assert bool((taken.bias == 1).all()) == (width == 24)
+    assert distill.with_projection(model, str(tmp_path), 16, 0).projection is None
 
 
-def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
-    assert sorted(path.name for path in done.iterdir()) == ["layers", "report.json", "report.md", "student", "teacher"]
-    written = json.loads((done / "report.json").read_text())
-    for line, name in zip(written["models"], ("teacher", "student"), strict=True):
-        model = AutoModelForSequenceClassification.from_pretrained(done / name)
-        assert line["model"] == f"{name} {name}" and line["parameters"] == model.num_parameters()
-        assert line["sentences_per_second"] > 0 and 0 <= line["accuracy"] <= 1
-    assert written["models"][0]["of_teacher"] == written["models"][0]["agreement"] == 1
-    assert report.table(written["models"]) in (done / "report.md").read_text()
-    assert load_file(done / "layers" / "projection.safetensors")["weight"].shape == (24, 16)
-
-
-def test_the_student_opens_without_us(done, tmp_path):
-    code = ("import sys; from transformers import pipeline; "
-            f"p = pipeline('text-classification', {str(done / 'student')!r}); m = p.model.config; "
-            "print(m.id2label, m._attn_implementation, p({'text': 'ba be ?', 'text_pair': 'bi bo'})['label'], "
-            "'pretrain' in sys.modules)")
-    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("{0: 'entailment', 1: 'not_entailment'} sdpa ") and said.endswith("entailment False\n")
-
-
-def test_a_second_start_skips_what_is_there(done, place, capsys):
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
-    assert run(place, done) == 0
-    assert capsys.readouterr().out.count("skipped") == 4
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_one_others(done, place):
-    for number, seed in enumerate((0, 1)):
-        assert run(place, place / f"again{number}", "--seed", str(seed)) == 0
-        for name in ("teacher", "layers", "student"):
-            same = (done / name / "model.safetensors").read_bytes() == (
-                place / f"again{number}" / name / "model.safetensors").read_bytes()
-            assert same == (seed == 0), name
-
-
-def test_a_run_goes_on_after_the_last_whole_stage(done, place, capsys):
-    out = place / "cut"
-    shutil.copytree(done, out)
-    shutil.rmtree(out / "student")
-    (out / "report.json").unlink()
-    (out / "student.part").mkdir()
-    (out / "student.part" / "model.safetensors").write_bytes(b"half")
-    assert run(place, out) == 0
-    said = capsys.readouterr().out
-    assert said.count("skipped") == 2 and "student: makes" in said and "report: accuracy" in said
-    assert (out / "student" / "model.safetensors").read_bytes() == (done / "student" / "model.safetensors").read_bytes()
-
-
-def test_other_settings_and_damage_make_a_stage_again_and_delete_nothing(done, place, capsys):
-    out = place / "changed"
-    shutil.copytree(done, out)
-    with (out / "layers" / "config.json").open("a") as file:
-        file.write("\n")
-    assert run(place, out, "predictions_lr=2e-3") == 0
-    said = capsys.readouterr().out
-    assert "teacher: " in said and said.count("skipped") == 1
-    assert "layers: makes" in said and "again (a file is missing or changed)" in said
-    assert "student: makes" in said and "predictions_lr was 0.001, is 0.002" in said
-    assert (out / "layers.1").is_dir() and (out / "student.1").is_dir()
-
-
-def test_gold_uses_no_teacher(place):
-    assert run(place, place / "gold", "method=gold") == 0
-    assert sorted(path.name for path in (place / "gold").iterdir()) == ["report.json", "report.md", "student"]
-    assert json.loads((place / "gold" / "report.json").read_text())["models"][0]["of_teacher"] is None
-
-
-def test_the_projection_of_general_distillation_is_taken_where_it_fits(place, tmp_path):
-    layer = torch.nn.Linear(16, 24)
-    given = {"weight": torch.ones(24, 16), "bias": torch.ones(24)}
-    assert not models.take_projection(str(tmp_path), layer)
-    save_file({"weight": torch.ones(23, 16), "bias": torch.ones(23)}, tmp_path / "projection.safetensors")
-    assert not models.take_projection(str(tmp_path), layer)
-    save_file(given, tmp_path / "projection.safetensors")
-    assert models.take_projection(str(tmp_path), layer) and torch.equal(layer.weight, given["weight"])
-
-
-def test_nothing_half_made_is_left_by_an_error(tmp_path):
-    def make(part):
-        (part / "a").write_text("half")
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        stage.stage(tmp_path / "s", {}, make)
-    assert not list(tmp_path.iterdir())
-
-
-# errors
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["predictions_lrr=1"], "unknown setting 'predictions_lrr'; did you mean 'predictions_lr'?"),
-    (["batch=many"], "batch: cannot read 'many' as int; write batch=32"),
-    (["batch"], "'batch' is no setting; write key=value, such as batch=32"),
-    (["batch=0"], "batch=0: must be a number of at least 1"),
-    (["temperature=0"], "temperature=0.0: must be above 0"),
-    (["min_teacher=2"], "min_teacher=2.0: a share, from 0 to 1"),
-    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, gold)"),
-    (["length=65"], "length=65: these models read at most 64 tokens; write length=64"),
-    (["--data", "python-doc"], "data 'python-doc': no such folder; did you mean 'python-docs'?"),
-    (["--data", "{place}"], "train.tsv: no such file; a QNLI folder holds train.tsv and dev.tsv"),
-    (["--teacher", "/no/such/folder"], "model '/no/such/folder': no such folder"),
-    (["--student", "{place}/rows"], "the folder holds no model that transformers opens"),
-    (["--student", "{place}/heads"], "has 4 attention heads, student"),
-    (["--student", "{place}/words"], "have different vocabularies"),
-    (["--student", "{place}/deep"], "a student of 4 layers is deeper than its teacher of 3"),
-    (["min_teacher=1"], "is below min_teacher=1.0: a student would learn its mistakes"),
-    (["--out", "{place}/rows/dev.tsv"], "is a file; give a folder"),
-])
-def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, arguments, says):
-    if not (place / "words").exists():
-        save_model(place / "heads", tokenizer_folder, heads=2)
-        save_model(place / "deep", tokenizer_folder, layers=4)
-        save_model(place / "words", save_tokenizer(tmp_path / "cased", do_lower_case=False), layers=2)
-    out = tmp_path / "out"
-    assert run(place, out, *(argument.format(place=place) for argument in arguments)) == 2
-    said = capsys.readouterr().err
-    assert [line for line in said.splitlines() if line.startswith("error: ")] == [said.splitlines()[-1]]
-    assert says in said.splitlines()[-1] and "Traceback" not in said
-    assert not list(tmp_path.glob("out/*.part")) and not (out / "student").exists()
-
-
-def test_glue_without_a_hub_says_what_to_do(monkeypatch):
-    def offline(*_):
-        raise ConnectionError("no route\nat all")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(ValueError, match=r"data glue: .*ConnectionError: no route\)\. With no network give"):
-        data.load("glue", 0)
-
-
-def test_it_runs_as_a_script_and_as_a_module_and_helps_without_torch(tmp_path):
-    for how, where in (([str(ROOT / "finetune" / "qnli.py")], tmp_path), (["-m", "finetune.qnli"], ROOT)):
-        command = [sys.executable, "-X", "importtime", *how, "--help"]
-        said = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
-        assert said.returncode == 0 and "python-docs" in said.stdout
-        assert "| torch\n" not in said.stderr
-    assert override(Settings(), ["rows=100"]).rows == 100
+def test_rows_are_no_longer_than_either_model_has_positions_for(place, tokenizer_folder, tmp_path):
+    folder = tmp_path / "roberta"
+    shutil.copytree(tokenizer_folder, folder)
+    RobertaConfig(num_attention_heads=4, hidden_size=24, max_position_embeddings=64, pad_token_id=0).save_pretrained(folder)
+    distill.check_two(str(place / "student"), str(folder), 63)  # RoBERTa's positions begin after the padding's
+    with pytest.raises(ValueError, match="length=64: these models read at most 63 tokens; write length=63"):
+        distill.check_two(str(place / "student"), str(folder), 64)

@@ -1,40 +1,33 @@
 """The objective against a float64 computation that builds every score, and its invariants."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
-from pretrain.objective import TERMS, distil, hidden_mse, layer_map, score_mse, weighted
+from pretrain.objective import (TERMS, Trace, distil, hidden_mse, layer_map, one_layer_each, score_mse, term_names,
+                                term_weights, weighted)
 
 LENGTHS = (7, 12, 1, 5)  # ragged, one row of a single token
 
 
-@dataclass
-class Made:
-    hidden: tuple
-    queries: tuple
-    keys: tuple
-
-    def changed(self, change) -> "Made":
-        return Made(*(tuple(change(x) for x in part) for part in (self.hidden, self.queries, self.keys)))
+def changed(x: Trace, change) -> Trace:
+    return Trace(*(tuple(change(part) for part in parts) for parts in (x.hidden, x.queries, x.keys)))
 
 
-def made(layers: int, width: int, heads: int, d: int, seed: int, length: int = 12) -> Made:
+def made(layers: int, width: int, heads: int, d: int, seed: int, length: int = 12) -> Trace:
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(len(LENGTHS), *shape, generator=g)
 
-    return Made(tuple(draw(length, width) for _ in range(layers + 1)), tuple(draw(heads, length, d) for _ in range(layers)),
-                tuple(draw(heads, length, d) for _ in range(layers)))
+    scores = [tuple(draw(heads, length, d) for _ in range(layers)) for _ in "qk"]
+    return Trace(tuple(draw(length, width) for _ in range(layers + 1)), *scores)
 
 
 def real(length: int = 12) -> torch.Tensor:
     return torch.arange(length)[None, :] < torch.tensor(LENGTHS)[:, None]
 
 
-def direct_scores(s: Made, t: Made, m: int, n: int, mask: torch.Tensor) -> torch.Tensor:
+def direct_scores(s: Trace, t: Trace, m: int, n: int, mask: torch.Tensor) -> torch.Tensor:
     """Every score of both models in float64, masked by real pairs, averaged row by row."""
     def scores(x, i):
         q, k = x.queries[i].double(), x.keys[i].double()
@@ -57,8 +50,8 @@ def test_scores_are_those_of_the_direct_form(d_s, d_t):
 
 def test_gradients_are_those_of_the_direct_form():
     s, t, mask = made(1, 10, 3, 8, 1), made(1, 10, 3, 8, 2), real()
-    s32 = s.changed(lambda x: x.clone().requires_grad_())
-    s64 = s.changed(lambda x: x.double().requires_grad_())
+    s32 = changed(s, lambda x: x.clone().requires_grad_())
+    s64 = changed(s, lambda x: x.double().requires_grad_())
     score_mse(s32.queries[0], s32.keys[0], t.queries[0], t.keys[0], mask).sum().backward()
     direct_scores(s64, t, 0, 0, mask).sum().backward()
     for a, b in ((s32.queries[0], s64.queries[0]), (s32.keys[0], s64.keys[0])):
@@ -66,8 +59,8 @@ def test_gradients_are_those_of_the_direct_form():
 
 
 def test_equal_models_have_exactly_no_loss_and_no_gradient():
-    s = made(2, 10, 3, 8, 1).changed(lambda x: x.requires_grad_())
-    t = s.changed(lambda x: x.detach().clone())
+    s = changed(made(2, 10, 3, 8, 1), lambda x: x.requires_grad_())
+    t = changed(s, lambda x: x.detach().clone())
     loss = weighted(distil(s, t, real(), [1, 2]), dict.fromkeys(TERMS, 1.0)).sum()
     loss.backward()
     assert loss.item() == 0.0
@@ -77,7 +70,7 @@ def test_equal_models_have_exactly_no_loss_and_no_gradient():
 def test_models_close_to_each_other_keep_six_digits():
     t, mask = made(1, 10, 3, 8, 2), real()
     g = torch.Generator().manual_seed(5)
-    s = t.changed(lambda x: x * (1 + 1e-4 * torch.randn(x.shape, generator=g)))
+    s = changed(t, lambda x: x * (1 + 1e-4 * torch.randn(x.shape, generator=g)))
     got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask).double()
     torch.testing.assert_close(got, direct_scores(s, t, 0, 0, mask), rtol=1e-6, atol=0)
 
@@ -93,7 +86,7 @@ def test_what_stands_on_padding_never_reaches_the_loss():
     s, t, mask = made(2, 10, 3, 8, 1), made(2, 10, 3, 8, 2), real()
     before = distil(s, t, mask, [1, 2])
     spoil = torch.where(mask, 0.0, 1e6)
-    s2 = s.changed(lambda x: x + (spoil[:, :, None] if x.dim() == 3 else spoil[:, None, :, None]))
+    s2 = changed(s, lambda x: x + (spoil[:, :, None] if x.dim() == 3 else spoil[:, None, :, None]))
     after = distil(s2, t, mask, [1, 2])
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -106,14 +99,14 @@ def test_a_row_counts_the_same_in_any_batch(how):
     if how == "more padding":
         def longer(x):
             return torch.cat([x, torch.ones_like(x)], dim=-2)
-        other = distil(s.changed(longer), t.changed(longer), torch.cat([mask, torch.zeros_like(mask)], 1), [1, 2])
+        other = distil(changed(s, longer), changed(t, longer), torch.cat([mask, torch.zeros_like(mask)], 1), [1, 2])
     elif how == "one row at a time":
-        rows = [distil(s.changed(lambda x, i=i: x[i:i + 1]), t.changed(lambda x, i=i: x[i:i + 1]), mask[i:i + 1], [1, 2])
+        rows = [distil(changed(s, lambda x, i=i: x[i:i + 1]), changed(t, lambda x, i=i: x[i:i + 1]), mask[i:i + 1], [1, 2])
                 for i in range(len(LENGTHS))]
         other = {name: torch.cat([row[name] for row in rows]) for name in whole}
     else:
         back = torch.argsort(order)
-        moved = distil(s.changed(lambda x: x[order]), t.changed(lambda x: x[order]), mask[order], [1, 2])
+        moved = distil(changed(s, lambda x: x[order]), changed(t, lambda x: x[order]), mask[order], [1, 2])
         other = {name: value[back] for name, value in moved.items()}
     for name in whole:  # only the order of float32 sums may differ
         torch.testing.assert_close(whole[name], other[name], rtol=1e-5, atol=0)
@@ -138,6 +131,79 @@ def test_layer_maps():
             assert n % m or chosen == [n // m * i for i in range(1, m + 1)]
 
 
+def test_groups_are_read_and_faults_are_said():
+    assert layer_map("1:3-5,2:6-8,3:9-11,4:12", 4, 12) == [(3, 4, 5), (6, 7, 8), (9, 10, 11), (12,)]
+    assert layer_map("3:2", 3, 2) == [(), (), (2,)]  # deeper than its teacher, but only the last layer imitates one
+    assert one_layer_each([(3, 4), (), (12,)], 12) == [4, 8, 12] and one_layer_each([2, 4], 4) == [2, 4]
+    for wrong in ("1:3-5,1:6", "5:1", "1:13", "1:4-3", "1:0", "1:", "1:2,", "1:2;2:3"):
+        with pytest.raises(ValueError, match=r"cannot use '.*'; write each student layer \(1 to 4\) once"):
+            layer_map(wrong, 4, 12)
+
+
+def direct(s: Trace, t: Trace, mask: torch.Tensor, groups: list, common: int | None) -> dict:
+    """Every term in float64, row by row, every score built."""
+    def heads(x, row, n):
+        parts = x[row].double().transpose(0, 1).flatten(1)  # (L, H d)
+        return parts[:n].unflatten(-1, (common or x.shape[1], -1)).transpose(0, 1)
+
+    def hidden(m, n, row, length):
+        return ((s.hidden[m][row, :length].double() - t.hidden[n][row, :length].double()) ** 2).mean()
+
+    def attention(m, n, row, length):
+        def scores(x, i):
+            q, k = heads(x.queries[i], row, length), heads(x.keys[i], row, length)
+            return q @ k.mT / q.shape[-1] ** 0.5
+        return ((scores(s, m - 1) - scores(t, n - 1)) ** 2).mean()
+
+    out = {}
+    for name in term_names(groups, TERMS):
+        kind, _, m = name.partition("/")
+        m = int(m or 0)
+        chosen = [groups[m - 1]] if m and isinstance(groups[m - 1], int) else groups[m - 1] if m else [0]
+        term = attention if kind == "attention" else hidden
+        rows = [sum(term(m, n, row, length) for n in chosen) / len(chosen) for row, length in enumerate(LENGTHS)]
+        out[name] = torch.stack(rows)
+    return out
+
+
+@pytest.mark.parametrize("groups", [[1, 3], [(1, 2), (3,)], [(), (2, 3)]], ids=str)
+@pytest.mark.parametrize("heads, of_s, of_t", [(None, (3, 8), (3, 8)), (6, (3, 8), (4, 6)), (2, (3, 8), (3, 4))], ids=str)
+def test_every_term_and_map_is_the_direct_one(groups, heads, of_s, of_t):
+    s, t, mask = made(2, 10, *of_s, 1), made(3, 10, *of_t, 2), real()
+    got, want = distil(s, t, mask, groups, relation_heads=heads), direct(s, t, mask, groups, heads)
+    assert list(got) == list(want) == term_names(groups, TERMS)
+    for name in want:  # scores are some tens squared: where the widths differ, 1e-6 of that
+        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=1e-4 if "attention" in name else 1e-6)
+    assert list(distil(s, t, mask, groups, ("hidden",), heads)) == [name for name in want if "hidden" in name]
+
+
+def test_other_head_counts_are_refused_without_relation_heads():
+    s, t = made(1, 10, 3, 8, 1), made(1, 10, 4, 6, 2)
+    with pytest.raises(ValueError, match="the student has 3 heads, the teacher 4: .*write relation_heads=R"):
+        distil(s, t, real(), [1])
+
+
+def test_bf16_inputs_lose_no_more_than_their_rounding():
+    """The loss of bf16 tensors is the float32 loss of the same numbers, bit for bit: nothing is computed in 16 bit."""
+    s, t = (changed(made(2, 10, 3, 8, seed), lambda x: x.bfloat16()) for seed in (1, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = distil(s, t, real(), [1, 2])
+    want = distil(changed(s, lambda x: x.float()), changed(t, lambda x: x.float()), real(), [1, 2])
+    assert all(torch.equal(got[name], want[name]) and got[name].dtype == torch.float32 for name in want)
+
+
 def test_weights_are_by_kind():
     terms = {"embedding": torch.tensor([1.0]), "hidden/1": torch.tensor([10.0]), "attention/1": torch.tensor([100.0])}
     assert weighted(terms, {"embedding": 1.0, "hidden": 0.5, "attention": 2.0}).item() == 206.0
+
+
+def test_weights_by_layer():
+    kinds = {"embedding": 1.0, "hidden": 2.0, "attention": 3.0}
+    assert term_weights([1, 2], kinds, "inverse") == {
+        "embedding": 1.0, "hidden/1": 1.0, "hidden/2": 2 / 3, "attention/1": 1.5, "attention/2": 1.0}
+    assert term_weights([1, 2], kinds, "0.5,1,.25") == {
+        "embedding": 0.5, "hidden/1": 2.0, "hidden/2": 0.5, "attention/1": 3.0, "attention/2": 0.75}
+    assert term_weights([(), (3,)], kinds, "equal") == {"embedding": 1.0, "hidden/2": 2.0, "attention/2": 3.0}
+    for wrong in ("1,2", "eqaul", "1,2,-3", "1,2,.", ""):
+        with pytest.raises(ValueError, match="there are equal, inverse, and 3 numbers .* such as 1,1,1"):
+            term_weights([1, 2], kinds, wrong)

@@ -1,11 +1,15 @@
 """Rows and masks, by property: every sentence is used once, segments are what they say, masks keep their budget."""
 
+from collections import Counter
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.pairs import _random_segments, _words_within, cut_document, draw_rows, make_blocks, masked
+from shards.block import BLOCK_ROWS
+from shards.pairs import _random_segments, _words_within, cut_document, cut_documents, draw_rows, make_blocks, masked, words
 from shards.store import Store
 from shards.tokenizer import Vocabulary
 
@@ -14,7 +18,7 @@ SIZE = 1000  # ids 0-4 special, 5-9 unused, from 700 on word pieces that continu
 
 def vocabulary() -> Vocabulary:
     number = np.arange(SIZE)
-    return Vocabulary(name="made here", json="", size=SIZE, pad=0, cls=2, sep=3, mask=4, unk=None, fingerprint="",
+    return Vocabulary(name="made here", json="", size=SIZE, pad=0, cls=2, sep=3, mask=4, unk=None, fingerprint="", added={},
                       special=number < 5, begins_word=number < 700, may_replace=number >= 10)
 
 
@@ -22,13 +26,36 @@ def generator(*seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(list(seed)))
 
 
-def made_store(documents: int, seed: int = 0, longest: int = 60) -> Store:
+def store_of(ids, sentences, documents, copies=None) -> Store:
+    sizes = np.diff(documents)
+    places = np.concatenate([[0], np.cumsum(sizes * (np.ones_like(sizes) if copies is None else copies))])
+    return Store(ids, np.array(sentences), np.array(documents), places)
+
+
+def made_store(documents: int, seed: int = 0, longest: int = 60, copies=None) -> Store:
     """Sentences of 1 to `longest` tokens, documents of 1 to 30 sentences."""
     rng = generator(seed)
     sizes = rng.integers(1, 31, size=documents)
     lengths = rng.integers(1, longest + 1, size=sizes.sum())
     ids = rng.integers(10, SIZE, size=lengths.sum()).astype(np.uint16)
-    return Store(ids, np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([[0], np.cumsum(sizes)]))
+    return store_of(ids, np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([[0], np.cumsum(sizes)]), copies)
+
+
+def rows_between(store, first, last, row_length, one_segment, seed) -> SimpleNamespace:
+    """All rows of some documents, as blocks take them."""
+    rng, capacity = generator(*np.atleast_1d(seed).tolist()), row_length - (2 if one_segment else 3)
+    table = cut_documents(store, first, last, capacity, one_segment, rng)
+    drawn = [draw_rows(store, table[at:at + BLOCK_ROWS], capacity, rng) for at in range(0, len(table), BLOCK_ROWS)]
+    spans, truncated = (np.concatenate(parts, axis=-1) for parts in zip(*drawn, strict=True))
+    return SimpleNamespace(**dict(zip(("a_start", "a_end", "b_start", "b_end"), spans, strict=True)), truncated=truncated,
+                           is_random=table[:, 5] > 0, several=table[:, 3] - table[:, 1] > 1)
+
+
+def blocks_of(store, *seed, first=0, last=None, counts=None, **settings):
+    last = len(store.documents) - 1 if last is None else last
+    settings = SimpleNamespace(**{"row_length": 128, "one_segment": False, "mask_sets": 2, "masking": "whole-word"} | settings)
+    return list(make_blocks(store, first, last, vocabulary(), settings, generator(0, *seed), generator(1, *seed),
+                            Counter() if counts is None else counts))
 
 
 def rows_of(block):
@@ -74,63 +101,87 @@ def test_a_random_second_segment_comes_from_half_of_the_chunks_that_can_have_a_t
 @given(st.integers(0, 10**6), st.sampled_from([16, 64, 128, 300]), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_segments_are_slices_of_the_right_documents(seed, row_length, one_segment):
-    store, pool = made_store(12, seed), np.array([0, 2, 3, 5, 7, 8, 11])
-    rows = draw_rows(store, pool, 2, 6, row_length, one_segment, generator(seed))
+    store = made_store(12, seed)
+    rows = rows_between(store, 2, 6, row_length, one_segment, seed)
     of_token = np.repeat(np.arange(12), np.diff(store.sentences[store.documents]))
     a, b = rows.a_end - rows.a_start, rows.b_end - rows.b_start
     assert (a > 0).all() and (a + b + np.where(b > 0, 3, 2) <= row_length).all()
     assert ((b == 0) == one_segment).all()
-    assert set(of_token[rows.a_start]) == set(pool[2:6]) and (of_token[rows.a_start] == of_token[rows.a_end - 1]).all()
+    assert set(of_token[rows.a_start]) == {2, 3, 4, 5} and (of_token[rows.a_start] == of_token[rows.a_end - 1]).all()
     if not one_segment:
         other = of_token[rows.b_start]
-        assert (other == of_token[rows.b_end - 1]).all() and np.isin(other, pool).all()
+        assert (other == of_token[rows.b_end - 1]).all()
         assert ((other != of_token[rows.a_start]) == rows.is_random).all()
         true = ~rows.is_random
-        assert (rows.b_start[true] >= rows.a_end[true]).all()
+        assert rows.several[true].all() and (rows.b_start[true] >= rows.a_end[true]).all()
         assert (rows.b_start == rows.a_end)[true & (rows.truncated == 0)].all()
-    tokens = np.diff(store.sentences[store.documents])[pool[2:6]].sum()
+    tokens = np.diff(store.sentences[store.documents])[2:6].sum()
     own = (a + np.where(rows.is_random, 0, b)).sum()
     assert own <= tokens <= own + rows.truncated.sum()  # nothing is lost that is not counted
 
 
-def test_random_segments_start_evenly_at_every_sentence_of_other_documents():
-    store, pool = made_store(10), np.array([0, 2, 3, 5, 7, 8, 9])
-    start, end = _random_segments(store, pool, np.full(20_000, 4), np.full(20_000, 50), generator(0))
+def test_random_segments_start_evenly_at_every_copy_of_every_sentence_of_other_documents():
+    copies = np.array([1, 1, 3, 1, 2, 1, 1, 1, 2, 1])
+    store = made_store(10, copies=copies)
+    start, end = _random_segments(store, np.full(40_000, 4), np.full(40_000, 50), generator(0))
     first, last = np.searchsorted(store.sentences, start), np.searchsorted(store.sentences, end)
     seen = np.bincount(first, minlength=store.documents[-1])
-    in_pool = np.repeat(np.isin(np.arange(10), np.delete(pool, 4)), np.diff(store.documents))
-    assert seen[~in_pool].sum() == 0  # neither the own document (pool[4]) nor one outside the pool
-    assert abs(seen[in_pool] / seen[in_pool].mean() - 1).max() < 0.4
+    of_sentence = np.repeat(np.arange(10), np.diff(store.documents))
+    assert seen[of_sentence == 4].sum() == 0  # never the own document, in none of its copies
+    each = (seen / copies[of_sentence])[of_sentence != 4]
+    assert abs(each / each.mean() - 1).max() < 0.4
     document_end = store.documents[1:][np.searchsorted(store.documents, first, "right") - 1]
     assert ((end - start >= 50) | (last == document_end)).all() and (last > first).all()
     assert (store.sentences[last - 1] - start < 50).all()  # no sentence too many
 
 
+def test_a_copy_is_the_document_again_with_draws_of_its_own():
+    once, thrice = made_store(5, longest=9), made_store(5, longest=9, copies=np.array([1, 1, 3, 1, 1]))
+    tables = [cut_documents(store, 0, 5, 40, False, generator(3)) for store in (once, thrice)]
+    assert [len(set(table[:, 0])) for table in tables] == [5, 5]
+    _, first, a, j, _, is_random = tables[1][tables[1][:, 0] == 2].T
+    used = np.concatenate([np.arange(i, end) for i, end in zip(first, np.where(is_random, a, j), strict=True)])
+    assert (np.bincount(used - store_first(thrice, 2)) == 3).all()  # every sentence three times
+    begins = np.flatnonzero(first == store_first(thrice, 2))
+    parts = [tuple(map(tuple, part[:, 2:])) for part in np.split(tables[1][tables[1][:, 0] == 2], begins[1:])]
+    assert len(parts) == 3 and len(set(parts)) > 1
+
+
+def store_first(store, document):
+    return int(store.documents[document])
+
+
+@given(st.integers(1, 40), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_blocks_are_full_but_the_last_and_hold_all_rows_in_order(documents, seed):
+    store = made_store(documents, seed, longest=8)
+    table = cut_documents(store, 0, documents, 20, False, generator(0, seed))
+    assert (np.diff(table[:, 0]) >= 0).all() and set(table[:, 0]) == set(range(documents))
+    blocks = blocks_of(store, seed, row_length=23)
+    assert all(block.rows == BLOCK_ROWS for block in blocks[:-1]) and sum(block.rows for block in blocks) == len(table)
+    assert (np.concatenate([block.is_random for block in blocks]) == table[:, 5]).all()
+
+
 def test_truncation_takes_from_the_longer_segment_until_they_are_even():
-    store = Store(np.arange(400, dtype=np.uint16), np.array([0, 300, 330, 400]), np.array([0, 2, 3]))
+    store = store_of(np.arange(400, dtype=np.uint16), [0, 300, 330, 400], [0, 2, 3])
     for n in range(50):
-        rows = draw_rows(store, np.arange(2), 0, 1, 43, False, generator(n))
+        rows = rows_between(store, 0, 1, 43, False, n)
         a, b = rows.a_end[0] - rows.a_start[0], rows.b_end[0] - rows.b_start[0]
         assert a + b <= 40 and (a, b) in {(20, 20)}  # both longer than their half: cut to 20 and 20
         assert rows.truncated[0] in (300 + 30 - 40, 300 + 70 - 40)
 
 
-def test_a_pool_of_one_document_has_true_pairs_only():
-    store = made_store(1, seed=3)
-    rows = draw_rows(store, np.arange(1), 0, 1, 128, False, generator(0))
-    assert not rows.is_random.any()
-    alone = Store(np.arange(100, 108, dtype=np.uint16), np.array([0, 8]), np.array([0, 1]))
-    rows = draw_rows(alone, np.arange(1), 0, 1, 128, False, generator(0))
-    block = next(make_blocks(alone, rows, vocabulary(), generator(1), row_length=128, mask_sets=1, whole_word=False))
+def test_a_store_of_one_document_has_true_pairs_only():
+    assert not rows_between(made_store(1, seed=3), 0, 1, 128, False, 0).is_random.any()
+    block, = blocks_of(store_of(np.arange(100, 108, dtype=np.uint16), [0, 8], [0, 1]))
     assert list(rows_of(block)) == [([2, *range(100, 108), 3], 10, False)]
 
 
 @pytest.mark.parametrize("one_segment", [False, True])
 def test_rows_are_cls_a_sep_b_sep(one_segment):
     store = made_store(40)
-    rows = draw_rows(store, np.arange(40), 0, 40, 128, one_segment, generator(0))
-    blocks = list(make_blocks(store, rows, vocabulary(), generator(1), row_length=128, mask_sets=2, whole_word=True))
-    found = [row for block in blocks for row in rows_of(block)]
+    rows = rows_between(store, 0, 40, 128, one_segment, (0, 7))
+    found = [row for block in blocks_of(store, 7, one_segment=one_segment) for row in rows_of(block)]
     assert len(found) == len(rows.a_start)
     for n, (ids, first, is_random) in enumerate(found):
         a = store.ids[rows.a_start[n]:rows.a_end[n]].tolist()
@@ -159,32 +210,37 @@ def words_of(row):
     return words
 
 
+def drawn(rng):
+    return lambda purpose, places: rng.integers(2**32, size=len(places), dtype=np.uint32)
+
+
 @given(st.lists(st.integers(3, 140), min_size=1, max_size=30), st.integers(0, 10**6), st.booleans(),
-       st.sampled_from([None, 1, 5, 20]))
+       st.sampled_from([8, 40, 128, 300]))
 @settings(max_examples=150, deadline=None)
-def test_masks_keep_their_budget_and_words_whole(lengths, seed, whole_word, most):
+def test_masks_keep_their_budget_and_words_whole(lengths, seed, whole_word, row_length):
     ids, lengths = block_of(lengths, seed)
     v = vocabulary()
-    counts, positions, new = masked(ids, lengths, v, generator(seed), whole_word=whole_word, max_predictions=most)
+    found = words(ids, lengths, v, whole_word)
+    counts, positions, new = masked(found, ids, lengths, v, drawn(generator(seed)), row_length)
     assert counts.sum() == len(positions) == len(new)
     begin, at = np.cumsum(lengths) - lengths, np.split(positions, np.cumsum(counts)[:-1])
     flat = np.repeat(begin, counts) + positions
     assert not v.special[ids[flat]].any()
     assert ((new == v.mask) | (new == ids[flat]) | v.may_replace[new]).all()
     for start, length, taken in zip(begin, lengths, at, strict=True):
-        budget = min(most or 10**6, max(1, round(float(length * 0.15))))
-        words = words_of(ids[start:start + length]) if whole_word else [[p] for p in range(1, length - 1)]
+        budget = min(round(0.16 * row_length), max(1, round(float(length * 0.15))))
+        by_hand = words_of(ids[start:start + length]) if whole_word else [[p] for p in range(1, length - 1)]
         assert sorted(set(taken.tolist())) == taken.tolist() and len(taken) <= budget
-        whole = [word for word in words if set(word) <= set(taken.tolist())]
+        whole = [word for word in by_hand if set(word) <= set(taken.tolist())]
         assert sum(map(len, whole)) == len(taken)
         # Greedy to the end: no word left out would still fit.
-        assert not any(len(word) <= budget - len(taken) for word in words if word not in whole)
+        assert not any(len(word) <= budget - len(taken) for word in by_hand if word not in whole)
 
 
 def test_mask_rates_are_80_10_10_and_every_position_has_its_chance():
     ids, lengths = block_of([128] * 512, 5)
     v = vocabulary()
-    sets = [masked(ids, lengths, v, generator(n), whole_word=False) for n in range(20)]
+    sets = [masked(words(ids, lengths, v, False), ids, lengths, v, drawn(generator(n)), 128) for n in range(20)]
     new = np.concatenate([new for _, _, new in sets])
     flat = np.concatenate([np.repeat(np.arange(512) * 128, counts) + positions for counts, positions, _ in sets])
     assert len(new) == 20 * 512 * 19  # round(128 * 0.15)
@@ -204,11 +260,21 @@ def test_a_greedy_choice_by_hand():
     for trial in range(200):
         rows = np.sort(rng.integers(5, size=40))
         sizes, budget = rng.integers(1, 6, size=40), rng.integers(1, 12, size=5)
-        taken = _words_within(sizes, rows, budget, generator(trial))
-        chance = generator(trial).integers(2**32, size=40, dtype=np.uint64)
+        chance = generator(trial).integers(2**32, size=40, dtype=np.uint32)
+        taken = _words_within(sizes, rows, budget, chance)
         left, expected = budget.copy(), np.zeros(40, bool)
         for word in np.lexsort((chance, rows)):
             if sizes[word] <= left[rows[word]]:
                 left[rows[word]] -= sizes[word]
                 expected[word] = True
         assert (taken == expected).all()
+
+
+def test_counts_say_what_the_blocks_hold():
+    """Each figure of the manifest, counted again from rows and blocks."""
+    store, counts = made_store(60, longest=30), Counter()
+    blocks, rows = blocks_of(store, 5, counts=counts), rows_between(store, 0, 60, 128, False, (0, 5))
+    assert counts["truncated_tokens"] == rows.truncated.sum() > 0
+    assert counts["masked_tokens"] == sum(len(block.mask_ids) for block in blocks)
+    assert counts["chunks_of_several"] == rows.several.sum() and counts["random"] == rows.is_random.sum()
+    assert counts["random_of_several"] == rows.is_random[rows.several].sum()

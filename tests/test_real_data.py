@@ -1,13 +1,13 @@
 """Real public files, where the environment variable DISTILL_DATA names their folder: what made-up text cannot show."""
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from finetune.data import read_tsv
-from shards.corpus import Source, documents
+from shards.corpus import Tally
+from shards.sources import Source, documents
 
 DATA = Path(os.environ.get("DISTILL_DATA", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="DISTILL_DATA names no folder with the real files")
@@ -22,16 +22,16 @@ def test_wikitext_articles_are_documents_without_token_spacing():
 
 
 def test_gutenbergs_own_text_is_left_out_and_counted():
-    counts = Counter()
-    (book,) = Source.opened(str(DATA / "books/soseki-botchan.txt")).documents(counts)
+    tally = Tally()
+    (book,) = Source.opened(str(DATA / "books/soseki-botchan.txt")).documents(tally)
     sentences = book.sentences()
-    assert counts["gutenberg_lines"] > 100 and len(sentences) > 1000
+    assert tally.counts["gutenberg_lines"] > 100 and len(sentences) > 1000
     assert not any("gutenberg" in sentence.lower() or "\ufeff" in sentence for sentence in sentences)
 
 
 def test_tokenized_books_are_lines():
     source = Source.opened(str(DATA / "books/austen-emma.txt"))
-    assert "lines" in str(source) and len(next(source.documents(Counter())).sentences()) > 5000
+    assert "lines" in str(source) and len(next(source.documents(Tally())).sentences()) > 5000
 
 
 def test_qnli_with_its_stray_quotes_reads_whole():

@@ -1,12 +1,15 @@
 """The stream: a pure function of (manifest, seed, lanes), the same for any number of ranks and any restart."""
 
+from concurrent.futures import wait
+from threading import Event
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.block import Block, Manifest, Shard
-from shards.stream import Stream, held_out_batches, micro_rows
+from shards.stream import Stream, micro_rows, row_order
 
 PAD = 9
 
@@ -41,6 +44,13 @@ def stream(sizes, *, batch, lanes, rank=0, world=1, seed=0, mask="none", opened=
     return Stream(manifest(sizes), opened or Opened(), seed=seed, batch=batch, lanes=lanes, rank=rank, world=world, mask=mask)
 
 
+def rows_at(one: Stream, j: int) -> list[tuple[int, int, int]]:
+    """A rank's rows of the global batch that begins with row j: (pass, shard, row in the shard)."""
+    keys, entries = one.plan(j, 1)
+    found = [(*divmod(key, len(one.sizes)), entry) for key, entry in zip(keys.tolist(), entries.tolist(), strict=True)]
+    return [(e, s, int(row_order(one.seed, e, s, one.sizes[s])[entry])) for e, s, entry in found]
+
+
 def rows_of(sizes, start: int, steps: int, *, batch: int, lanes: int, worlds: list[int]) -> list[tuple[int, int, int]]:
     """(pass, shard, row) of a run that changes its number of ranks from step to step, in the batch's own order."""
     out = []
@@ -49,7 +59,7 @@ def rows_of(sizes, start: int, steps: int, *, batch: int, lanes: int, worlds: li
         cells = {}
         for rank in range(world):
             one = stream(sizes, batch=batch, lanes=lanes, rank=rank, world=world)  # fresh: every step is a restart
-            cells |= dict(zip(one.mine.tolist(), one.rows_at(start + step * batch), strict=True))
+            cells |= dict(zip(one.mine.tolist(), rows_at(one, start + step * batch), strict=True))
         out += [cells[c] for c in range(batch)]
     return out
 
@@ -71,7 +81,7 @@ def test_any_ranks_and_any_restart_give_the_same_batches(layout, data):
     worlds = data.draw(st.lists(st.sampled_from(divisors(layout["lanes"])), min_size=1, max_size=3))
     start = layout["batch"] * data.draw(st.integers(0, 5))
     straight = stream(**layout)
-    want = [row for step in range(4) for row in straight.rows_at(start + step * layout["batch"])]
+    want = [row for step in range(4) for row in rows_at(straight, start + step * layout["batch"])]
     assert rows_of(layout["sizes"], start, 4, batch=layout["batch"], lanes=layout["lanes"], worlds=worlds) == want
 
 
@@ -80,7 +90,7 @@ def test_any_ranks_and_any_restart_give_the_same_batches(layout, data):
 def test_each_pass_is_every_row_exactly_once(layout):
     total, batch = sum(layout["sizes"]), layout["batch"]
     one = stream(**layout)
-    seen = [row for j in range(0, 3 * total + batch, batch) for row in one.rows_at(j)]
+    seen = [row for j in range(0, 3 * total + batch, batch) for row in rows_at(one, j)]
     everything = sorted((s, r) for s, n in enumerate(layout["sizes"]) for r in range(n))
     for epoch in range(3):
         part = seen[epoch * total:(epoch + 1) * total]
@@ -90,31 +100,128 @@ def test_each_pass_is_every_row_exactly_once(layout):
 
 def test_passes_and_seeds_differ():
     one, other = stream([40, 30], batch=10, lanes=5), stream([40, 30], batch=10, lanes=5, seed=1)
-    first, second = ([r[1:] for j in range(at, at + 70, 10) for r in one.rows_at(j)] for at in (0, 70))
-    assert first != second and first != [r[1:] for j in range(0, 70, 10) for r in other.rows_at(j)]
+    first, second = ([r[1:] for j in range(at, at + 70, 10) for r in rows_at(one, j)] for at in (0, 70))
+    assert first != second and first != [r[1:] for j in range(0, 70, 10) for r in rows_at(other, j)]
 
 
-def test_within_a_pass_a_rank_opens_only_its_lanes_shards():
-    sizes, lanes = [16] * 8, 8  # a lane is exactly one shard
-    for rank in range(4):
-        opened = Opened()
-        one = stream(sizes, batch=8, lanes=lanes, rank=rank, world=4, opened=opened)
-        for j in range(0, sum(sizes), 8):
-            one.rows_at(j)
-        assert len(opened.names) == len(set(opened.names)) == 2
+def row(shard: int, number: int, mask_set: int | None) -> np.ndarray:
+    """What block() holds, one row at a time."""
+    ids = np.full(3 + (7 * number + shard) % 11, 1000 * shard + number)
+    if mask_set is not None:
+        ids[mask_set] = 60_000
+    return ids
 
 
-def test_seeking_reads_at_most_one_shard_a_lane():
-    opened = Opened()
-    stream([16] * 20, batch=8, lanes=4, opened=opened).batches(16 * 10, 8)
-    assert len(opened.names) <= 4
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.sampled_from(["none", "precomputed"]), st.data())
+def test_batches_hold_the_rows_of_the_plan(layout, mask, data):
+    """Straight on and after jumps, by any number of ranks: row for row what reading one row at a time gives."""
+    world = data.draw(st.sampled_from(divisors(layout["lanes"])))
+    steps = data.draw(st.lists(st.integers(0, 12), min_size=1, max_size=3))
+    for rank in range(world):
+        one = stream(**layout, rank=rank, world=world, mask=mask)
+        for j in (layout["batch"] * (step + more) for step in steps for more in range(4)):
+            want = [(int(one.first_row[s]) + r, row(s, r, e % 2 if mask == "precomputed" else None).tolist())
+                    for e, s, r in rows_at(one, j)]
+            batch, = one.batches(j, len(one.mine))
+            got = [(n, ids[real].tolist()) for n, ids, real in zip(batch.numbers, batch.ids, batch.real, strict=True)]
+            assert sorted(got) == sorted(want)
 
 
-def test_memory_is_bounded_by_the_lanes():
+def quiet(one: Stream) -> None:
+    """Wait until nothing is being read ahead."""
+    wait(one.decoded.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.data())
+def test_a_rank_opens_only_its_lanes_shards(layout, data):
+    """Those of the batches it gave out, of those gathered ahead, and of a quarter of a shard more."""
+    world, opened = data.draw(st.sampled_from(divisors(layout["lanes"]))), Opened()
+    one = stream(**layout, world=world, opened=opened)
+    for j in range(0, data.draw(st.integers(1, 30)) * one.batch, one.batch):
+        one.batches(j, len(one.mine))
+    quiet(one)
+    mine = {s for j in range(0, one.span.stop + one.ahead + 1, one.batch) for _, s, _ in rows_at(one, j)}
+    assert set(opened.names) <= {one.manifest.shards[s].name for s in mine}
+
+
+def test_memory_is_two_shards_a_lane():
     one = stream([5] * 40, batch=4, lanes=4)
     for j in range(0, 400, 4):
         one.batches(j, 4)
-        assert len(one.decoded) <= 4
+        quiet(one)
+        assert len(one.decoded) <= 8
+
+
+def test_a_lane_reads_each_shard_once_a_pass():
+    for rank in range(4):
+        opened = Opened()
+        one = stream([16] * 8, batch=8, lanes=8, rank=rank, world=4, opened=opened)  # a lane is exactly one shard
+        for j in range(0, 64, 8):
+            one.batches(j, 2)
+        assert len(opened.names) == len(set(opened.names)) == 2
+
+
+class Held(Opened):
+    """Reads some shards; the others only when `go` is set."""
+
+    def __init__(self, some: set[str]):
+        super().__init__()
+        self.some, self.go = some, Event()
+
+    def __call__(self, shard: Shard) -> Block:
+        if shard.name not in self.some:
+            assert self.go.wait(60)
+        return super().__call__(shard)
+
+
+@pytest.mark.parametrize("start, most", [(184, 4), (16 * 20 - 4, 8)])  # the next batch needs other shards
+def test_seeking_waits_for_one_shard_a_lane(start, most):
+    """Two where the batch spans two passes; no other shard is needed for the first batch."""
+    plan = rows_at(stream([16] * 20, batch=8, lanes=4), start)
+    assert len({(e, s) for e, s, _ in plan}) <= most
+    held = Held({f"train-{s:05d}.tar" for _, s, _ in plan})
+    batch, = stream([16] * 20, batch=8, lanes=4, opened=held).batches(start, 8)
+    assert sorted(np.unique(batch.ids[batch.real]).tolist()) == sorted(1000 * s + r for _, s, r in plan)
+    held.go.set()
+
+
+def test_a_slow_shard_is_asked_for_a_quarter_of_a_shard_before_its_rows():
+    """Every batch before the slow one comes, while the slow shard is being read already."""
+    one = stream([400] * 3, batch=4, lanes=1)
+    slow = [s for _, s, _ in rows_at(one, 400)][0]
+    held = Held({f"train-{s:05d}.tar" for s in range(3) if s != slow})
+    one = stream([400] * 3, batch=4, lanes=1, opened=held)
+    asked = []
+    for j in range(0, 400 - one.steps * 4, 4):  # the rest is gathered together with the slow shard's first rows
+        one.batches(j, 4)
+        asked += [j] if slow in one.decoded else []
+    assert asked and asked[0] <= 400 - 100 and not one.decoded[slow].done()
+    held.go.set()
+    assert [s for _, s, _ in rows_at(one, 400)] == (one.batches(400, 4)[0].numbers // 400).tolist()
+
+
+def test_a_shard_that_cannot_be_read_is_said_when_its_rows_come():
+    """And not before; asked again, the stream tries again."""
+    class Broken(Opened):
+        bad = None
+
+        def __call__(self, shard):
+            if shard.name == self.bad:
+                raise ValueError(f"shard {shard.name}: damaged")
+            return super().__call__(shard)
+
+    opened = Broken()
+    one = stream([400] * 3, batch=4, lanes=1, opened=opened)
+    opened.bad = f"train-{rows_at(one, 400)[0][1]:05d}.tar"
+    for j in range(0, 400 - one.steps * 4, 4):
+        one.batches(j, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"shard {opened.bad}: damaged"):
+            one.batches(400, 4)
+    opened.bad = None
+    assert len(one.batches(400, 4)[0].ids) == 4
 
 
 def test_batches_are_padded_sorted_and_masked_by_the_pass():
@@ -150,13 +257,13 @@ def test_row_numbers_count_through_the_shards():
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_held_out_rows_are_counted_once_over_the_ranks(world):
     made = manifest([10])
-    parts = [held_out_batches(made, Opened(), most=7, rank=r, world=world, micro=2, mask="none") for r in range(world)]
+    parts = [Stream(made, Opened(), seed=0, batch=6, lanes=6, rank=r, world=world, mask="none").held_out(7, 2)
+             for r in range(world)]
     rows = sorted(int(n) for part in parts for b in part for n in b.numbers)
-    assert rows == list(range(7))
+    assert rows == list(range(10, 17))  # behind the training rows
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: stream([9], batch=9, lanes=4), "batch=9 does not divide over lanes=4"),
     (lambda: stream([9], batch=8, lanes=4, world=3), "lanes=4 do not divide over 3 ranks; start with a number of ranks"),
     (lambda: micro_rows(48, 32), "share of the batch is 48 rows, no multiple of the engine file's"),
 ])

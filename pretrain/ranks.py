@@ -1,0 +1,67 @@
+"""What the ranks say to each other: all fail together, and none is left waiting."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+    talk: dist.ProcessGroup  # gloo, for what is on the CPU
+
+    def agree(self, error: Exception | None, flag: bool = False) -> bool:
+        """Every rank calls it at the same point -> whether the flag is up on any.
+
+        Where one has an error all raise it as a ValueError, so that none is left waiting.
+        """
+        raised = torch.tensor([error is not None, flag], dtype=torch.int32)
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
+        if raised[0]:
+            texts = self.gathered(str(error) if error else None)
+            rank = next(rank for rank, text in enumerate(texts) if text)
+            raise ValueError(f"rank {rank}: {texts[rank]}" if rank else texts[0]) from error
+        return bool(raised[1])
+
+    def gathered(self, mine) -> list:
+        """Every rank's object, on every rank."""
+        objects = [None] * self.world
+        dist.all_gather_object(objects, mine, group=self.talk)
+        return objects
+
+    def total(self, mine: dict[str, float]) -> Counter:
+        """Sums over all ranks, by name."""
+        total = Counter()
+        for part in self.gathered(mine):
+            total.update(part)
+        return total
+
+    def say(self, text: str) -> None:
+        """A decision and its reason, once for all ranks, without breaking the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def together(self, work: Callable[[], object]):
+        """Work that may fail on one rank: then all fail."""
+        done = error = None
+        try:
+            done = work()
+        except (ValueError, OSError) as caught:
+            error = caught
+        self.agree(error)
+        return done
+
+    def first(self, work: Callable[[], object]):
+        """Rank 0 works while the others wait; what it returns or raises reaches all."""
+        done = [self.together(work) if self.rank == 0 else self.agree(None)]
+        dist.broadcast_object_list(done, src=0, group=self.talk)
+        return done[0]
