@@ -105,7 +105,7 @@ def test_the_literal_command(tokenizer_folder, teacher_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join("\n".join(document) for document in generated_documents(6)) + "\n")
     build([str(text)], str(tokenizer_folder), tmp_path / "data/shards", workers=1, sentences="auto", row_length=48,
-          one_segment=False, masking="whole-word", mask_sets=1, held_out=0, shards=1, seed=0)
+          one_segment=False, masking="whole-word", mask_sets=1, held_out=0, shards=1, seed=0, dedup=False)
     (tmp_path / "bert-base-uncased").symlink_to(teacher_folder)
     done = subprocess.run(["deepspeed", "launch/general.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
