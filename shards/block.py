@@ -184,8 +184,12 @@ def write_vocabulary(folder: Path, flags: np.ndarray) -> str:
     return _write(folder / "vocabulary.npy", whole.getbuffer())
 
 
+def write_json(path: Path, value) -> None:
+    _write(path, json.dumps(value, indent=1, default=lambda number: number.tolist()).encode())  # numpy's numbers and arrays
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+    write_json(folder / "manifest.json", asdict(manifest))
 
 
 def read_manifest(folder: str | Path) -> Manifest:

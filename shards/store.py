@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, count
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -24,7 +24,7 @@ from threading import Thread
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import id_type, written_whole
+from shards.block import id_type, write_json, written_whole
 from shards.corpus import Document, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
@@ -65,7 +65,7 @@ class Store:
 WORKER = {}  # what a worker process keeps between tasks: set once, by start_worker
 
 
-def start_worker(vocabulary: Vocabulary, settings, store: Path) -> None:
+def start_worker(vocabulary: Vocabulary, settings) -> None:
     if parent := parent_process():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -75,7 +75,7 @@ def start_worker(vocabulary: Vocabulary, settings, store: Path) -> None:
         token["special"] = token["content"] != vocabulary.unk
     tokenizer = Tokenizer.from_str(json.dumps(model))
     tokenizer.encode_special_tokens = True  # where the text itself says [SEP] it is text; only the unknown token is found
-    WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings, store=store)
+    WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings)
 
 
 def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
@@ -88,8 +88,10 @@ def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
     yield from (future.result() for future in waiting)
 
 
-def cut_pieces(sources: list[Source], tally: Tally, seed: int) -> Iterator[tuple[int, list]]:
-    """Pieces in order: the number of a source, and (document, copies) of consecutive documents of it."""
+def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> Iterator[tuple[Path, int, list]]:
+    """Pieces in order: a file for each, the number of its source, and (document, copies) of consecutive documents of it."""
+    folder.mkdir(exist_ok=True)
+    files = (folder / f"{number}.npz" for number in count())
     for number, source in enumerate(sources):
         drawn, (whole, part) = chance(seed, COPIES, number), divmod(source.weight, 1)
         piece, chars = [], 0
@@ -100,10 +102,10 @@ def cut_pieces(sources: list[Source], tally: Tally, seed: int) -> Iterator[tuple
                 piece.append((document, copies))
                 chars += sum(map(len, document.units))
             if chars >= PIECE_CHARS:
-                yield number, piece
+                yield next(files), number, piece
                 piece, chars = [], 0
         if piece:
-            yield number, piece
+            yield next(files), number, piece
 
 
 def _hashed(sentences: list[str]) -> int:
@@ -143,11 +145,6 @@ def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray
     return drawn < max(share, np.nextafter(drawn.min(), 1))
 
 
-def write_json(path: Path, value) -> None:
-    with written_whole(path) as file:
-        file.write(json.dumps(value, default=lambda number: number.tolist()).encode())  # numpy's numbers and arrays
-
-
 def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     """Contiguous ranges of documents of about equal tokens; fewer where documents are larger than a share."""
     ends = np.cumsum(tokens)
@@ -171,12 +168,12 @@ def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[s
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
 
 
-def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: type) -> None:
-    """Lay all pieces end to end as STORE/joined/{train,held}, with plan.json: what was counted, and the shards to be made.
+def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: int) -> None:
+    """Lay all pieces end to end as STORE/joined/{train,held}; plan.json, written last, says what was counted and what to make.
 
     A duplicate has no copies, a held-out document one.  A document takes some 60 bytes of memory here.
     """
-    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined.part"
+    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined"
     for path in pieces:
         with np.load(path) as piece:
             tables.append(piece["documents"])
@@ -192,7 +189,7 @@ def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: ty
     table["copies"][held] = 1
     weights = table["tokens"] * table["copies"].astype(np.int64)
     try:
-        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(kind_of_id).itemsize)
+        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(id_type(vocab_size)).itemsize)
     except ValueError:
         shutil.rmtree(store / "pieces")  # nothing to go on with: other settings or other text are another build
         raise
@@ -204,7 +201,7 @@ def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: ty
     shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
               for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
     write_json(folder / "plan.json", [dict(counts, bad=tally.bad, sources=shares), tasks])
-    folder.rename(store / "joined")
+    shutil.rmtree(store / "pieces")
 
 
 def _lay(folder: Path, table: np.ndarray, chosen: np.ndarray, pieces: list[Path]) -> None:
