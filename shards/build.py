@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from tqdm import tqdm
 
 from shards import block, pairs
@@ -94,11 +95,11 @@ def _finish(settings, vocabulary: Vocabulary, out: Path, counts: dict, entries: 
     }
     for path in out.glob("*.part"):  # of killed workers
         path.unlink()
-    flags = vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace
-    block.write_manifest(out, block.Manifest(
+    flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)
+    block.write_json(out / "manifest.json", asdict(block.Manifest(
         format=block.FORMAT, tokenizer=vocabulary.stated(), settings=vars(settings), row_length=settings.row_length,
         mask_sets=settings.mask_sets, rows=found["rows"], tokens=found["tokens"], shards=train, held_out=held,
-        counts=counts, vocabulary=block.write_vocabulary(out, flags)))
+        counts=counts, vocabulary=block.write(out / "vocabulary.npy", block.npy(flags)))))
     shutil.rmtree(out / ".store")
 
 
