@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -49,30 +48,24 @@ def _make_shard(task: tuple[Path, int, int]) -> None:
     block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])
 
 
-def _tokenize(each: Callable, sources: list[Source], seed: int, part: Part, tally: Tally) -> list[Path]:
-    """Make this part's pieces -> the files of all."""
-    pieces, sizes, documents, tokens = [], [source.bytes for source in sources], 0, 0
-    tasks = part.share(stored.cut_pieces(sources, tally, seed, part.store / "pieces"), pieces)
-    with tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
-        for found in each(stored.make_piece, tasks):
-            documents, tokens = documents + found[0], tokens + found[1]
-            bar.set_postfix_str(f"{documents:,} documents, {tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
-            bar.update(tally.read - bar.n)
-    return pieces
-
-
 def _run(settings, vocabulary: Vocabulary, sources: list[Source], part: Part, workers: int, tally: Tally) -> None:
-    """This part's work, in two phases whose files are joined by one part; `settings` is what the bytes depend on."""
-    store, out = part.store, part.store.parent
-    planned = store / "joined" / "plan.json"
+    """This part's work: pieces, then shards; one part joins each.  `settings` is what the bytes depend on."""
+    out, store, pieces, entries = part.store.parent, part.store, [], []
+    planned, sizes, documents, tokens = store / "joined" / "plan.json", [source.bytes for source in sources], 0, 0
     pool = ThreadPoolExecutor if workers == 1 else partial(ProcessPoolExecutor, mp_context=get_context("spawn"))  # no torch
     with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
         each = partial(stored.in_order, pool, workers + 1)
         if not planned.exists():
-            pieces = _tokenize(each, sources, settings.seed, part, tally)
+            mine = part.share(stored.cut_pieces(sources, tally, settings.seed, store / "pieces"), pieces)
+            total = None if None in sizes else sum(sizes)
+            with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
+                for found in each(stored.make_piece, mine):
+                    documents, tokens = documents + found[0], tokens + found[1]
+                    rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s")
+                    bar.update(tally.read - bar.n)
             part.join("pieces", pieces, partial(stored.join, store, pieces, settings, tally, vocabulary.size), planned)
         counts, shards = json.loads(planned.read_text())
-        entries = []
         mine = list(part.share(((store / f"{name}.json", *span) for name, span in shards.items()), entries))
         for _ in each(_make_shard, tqdm(mine, desc="rows", unit="shard", disable=None)):
             pass

@@ -18,7 +18,6 @@ from shards.tokenizer import Vocabulary
 SHORT_ROWS = 0.1  # share of rows that aim at a length drawn from 2 to the full one (BERT: short_seq_prob)
 RANDOM_NEXT = 0.5
 MASK_PROB = 0.15
-Draw = Callable[[int, np.ndarray], np.ndarray]  # (purpose 0 to 2, places in the flat ids) -> uint32 of chance for each place
 
 
 def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Generator) -> list[tuple]:
@@ -127,12 +126,13 @@ def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_wo
     return starts, np.diff(edges)[inside], np.repeat(np.arange(len(lengths)), of_row)
 
 
-def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Draw, row_length: int):
+def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Callable, row_length: int):
     """One mask set of at most BLOCK_ROWS rows: (counts R, positions in their rows P, ids that stand there P).
 
-    `found` is what words() gave.  A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length
-    (BERT's max_predictions: 20 of 128).  Its words come in random order; one that would exceed the budget is skipped.
-    80 % become [MASK], 10 % stay, 10 % become any id that may replace.
+    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place.
+    A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length (BERT's max_predictions: 20 of 128).
+    Its words come in random order; one that would exceed the budget is skipped.  80 % become [MASK], 10 % stay, 10 % become
+    any id that may replace.
     """
     budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)
     taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))

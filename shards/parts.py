@@ -44,10 +44,7 @@ class Part:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the store, whole or as one part, but not for workers: a killed build's is free at once.
-
-        The part's own file grows while it lives and ends with its error.
-        """
+        """Lock the store, whole or as one part.  The part's own file grows while it lives and ends with its error."""
         with open(self.store / "lock", "ab") as lock, open(self.store / f"part-{self.number}", "ab", 0) as mine:
             try:
                 fcntl.flock(lock, (fcntl.LOCK_EX if self.of == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -100,10 +97,9 @@ class Part:
                 sign = file.read_bytes() if file.exists() else b""  # read: a network file system then asks its server
                 before, since = seen.setdefault(other, (sign, now))
                 words = sign.strip(b".").decode()  # of an earlier start perhaps, as long as nothing changes
+                if sign != before and words:
+                    raise ValueError(f"part {other}/{self.of} failed: {words}")
                 if sign == before and now - since > LOST:
                     raise ValueError(f"part {other}/{self.of} is gone: no sign of it for {LOST:g} s; start all again {words}")
-                if sign != before:
-                    if words:
-                        raise ValueError(f"part {other}/{self.of} failed: {words}")
-                    seen[other] = sign, now
+                seen[other] = sign, since if sign == before else now
             time.sleep(POLL)

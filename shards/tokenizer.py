@@ -132,18 +132,6 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps([pairs, roles, probe]).encode()).hexdigest()
 
 
-def _begins_word(tokens: list[str], model: dict) -> np.ndarray:
-    """bool a token: WordPiece marks what continues (##), SentencePiece and byte-level BPE what begins.
-
-    Under the latter punctuation alone begins a word too, as in BERT; digits, bytes (<0x0A>) and user-defined pieces do not.
-    """
-    if prefix := model.get("continuing_subword_prefix"):
-        return np.array([not token.startswith(prefix) for token in tokens])
-    marked = max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum)
-    alone = [set(token) <= set(string.punctuation) for token in tokens]
-    return np.logical_or(marked, alone) if any(marked) else np.ones(len(tokens), bool)  # whole words bear no mark
-
-
 def open_tokenizer(name: str) -> Vocabulary:
     """Open a folder, SentencePiece file or hub name.  ValueError, one line, says what to give instead."""
     tokenizer = auto_tokenizer(str(name))
@@ -160,10 +148,15 @@ def open_tokenizer(name: str) -> Vocabulary:
     model = json.loads(backend.to_str())
     if (model["pre_tokenizer"] or {}).get("type") == "ByteLevel":
         model["pre_tokenizer"]["add_prefix_space"] = True  # sentences are laid end to end: a word begins each
+    if prefix := model["model"].get("continuing_subword_prefix"):  # WordPiece marks what continues a word,
+        begins = np.array([not token.startswith(prefix) for token in tokens])
+    else:  # SentencePiece and byte-level BPE what begins one; so does punctuation alone, as in BERT, but no digits or bytes
+        begins = np.array(max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum))
+        alone = [set(token) <= set(string.punctuation) for token in tokens]
+        begins = begins | alone if begins.any() else ~begins  # whole words bear no mark
     return Vocabulary(
         name=str(name), json=json.dumps(model), size=len(tokens), **roles, unk=tokenizer.unk_token,
         added={token_of[number]: number for number in sorted(token_of) if number > last},
-        fingerprint=fingerprint(tokenizer), special=special,
-        begins_word=_begins_word(tokens, model["model"]) | special,
+        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special,
         may_replace=~special & np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens]),
     )
