@@ -54,7 +54,7 @@ def _run(settings, vocabulary: Vocabulary, sources: list[Source], part: Part, wo
     planned, sizes, documents, tokens = store / "joined" / "plan.json", [source.bytes for source in sources], 0, 0
     pool = ThreadPoolExecutor if workers == 1 else partial(ProcessPoolExecutor, mp_context=get_context("spawn"))  # no torch
     with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
-        each = partial(stored.in_order, pool, workers + 1)
+        each = partial(stored.in_order, pool, workers + 2)
         if not planned.exists():
             mine = part.share(stored.cut_pieces(sources, tally, settings.seed, store / "pieces"), pieces)
             total = None if None in sizes else sum(sizes)

@@ -1,8 +1,7 @@
 """The tokenized corpus on disk, from which rows are drawn.
 
-Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each.  When
-all are there they are joined into flat files, one set for training and one for held-out documents, read through memory
-maps: they grow with the corpus, memory does not.
+Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
+joined into flat files for training and for held-out documents, read through memory maps: memory does not grow with them.
 """
 
 import json
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain, count
+from itertools import chain, count, islice
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -80,12 +79,11 @@ def start_worker(vocabulary: Vocabulary, settings) -> None:
 
 def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
     """Results in the order of the tasks, at most `ahead` of them waiting."""
-    waiting = deque()
-    for task in tasks:
-        waiting.append(pool.submit(function, task))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+    submitted = (pool.submit(function, task) for task in tasks)
+    waiting = deque(islice(submitted, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(islice(submitted, 1))
 
 
 def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> Iterator[tuple[Path, int, list]]:
@@ -125,8 +123,7 @@ def make_piece(task: tuple[Path, int, list[tuple[Document, int]]]) -> tuple[int,
     ids = np.fromiter(chain.from_iterable(encoded), id_type(WORKER["vocabulary"].size), int(lengths.sum()))
     of_document = np.repeat(np.arange(len(split)), [len(sentences) for sentences in split])
     table = np.zeros(len(split), DOCUMENT)
-    table["sentences"] = np.bincount(of_document, lengths > 0, len(split))
-    table["tokens"] = np.bincount(of_document, lengths, len(split))
+    table["sentences"], table["tokens"] = (np.bincount(of_document, each, len(split)) for each in (lengths > 0, lengths))
     table["copies"], table["source"] = [copies for _, copies in piece], source
     if WORKER["settings"].dedup:
         table["hash"] = [_hashed(sentences) for sentences in split]
@@ -169,20 +166,17 @@ def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[s
 
 
 def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: int) -> None:
-    """Lay all pieces end to end as STORE/joined/{train,held}; plan.json, written last, says what was counted and what to make.
-
-    A duplicate has no copies, a held-out document one.  A document takes some 60 bytes of memory here.
-    """
+    """Lay all pieces end to end as STORE/joined/{train,held}; plan.json, written last: what was counted, what is to be made."""
     counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined"
     for path in pieces:
         with np.load(path) as piece:
             tables.append(piece["documents"])
             counts.update(dict(zip(("dropped_empty", "unknown_tokens"), piece["counts"].tolist(), strict=True)))
-    table = np.concatenate(tables)
+    table = np.concatenate(tables)  # in all some 60 bytes of memory a document
     if settings.dedup:
         again = np.ones(len(table), bool)
         again[np.unique(table["hash"], return_index=True)[1]] = False  # the first of each stays
-        table["copies"][again] = 0
+        table["copies"][again] = 0  # a duplicate has none
         counts["dropped_duplicate"] = np.count_nonzero(again)
     kept = table["copies"] > 0
     held = held_out_documents(kept, settings.held_out, settings.seed)
