@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,6 +341,14 @@ def test_of_two_builds_that_begin_at_once_with_other_settings_one_is_refused(tmp
     monkeypatch.setattr("shards.build._is_built", look)
     assert main([str(text_folder), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), "--workers=1"]) == 2
     assert "seed: 7 there, 0 here" in capsys.readouterr().err and (tmp_path / "out" / ".store" / "settings.json").exists()
+
+
+def test_a_piece_that_went_with_its_join_is_not_made_again(tmp_path):
+    (tmp_path / "locks").mkdir()
+    make = partial(shards.build._make, tmp_path, tmp_path / "plan.json", lambda file: None)
+    assert make(tmp_path / "0.npz") is True
+    (tmp_path / "plan.json").touch()
+    assert make(tmp_path / "0.npz") is None
 
 
 def test_shards_are_about_16_mb_without_a_number():
