@@ -3,20 +3,26 @@
     python -m shards.build wikitext:wikitext-103-raw-v1 --tokenizer bert-base-uncased --out data/shards
     python -m shards.build wiki.train.tokens 'books/*.txt=2' --tokenizer DIR --out DIR --workers 8
 
-Documents are tokenized once into OUT/.store; every shard, a range of documents, is a pure function of (store, settings, number):
-any number of workers, parts and machines writes the same bytes, and a killed build goes on with the same command.
+Documents are tokenized once into OUT/.store; every shard, a range of documents, is a pure function of (store, settings, number).
+Any number of processes of the same command share the work: each makes the next file that is not there and whose lock is free.
+The locks of one that dies are free at once, so another one, or the same command later, goes on, always to the same bytes.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,17 +34,50 @@ from shards import block, pairs
 from shards import store as stored
 from shards.corpus import Tally
 from shards.look import summary
-from shards.parts import Part, Unfinished
 from shards.sources import Source
 from shards.tokenizer import Vocabulary, open_tokenizer
 
 LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), "shards": (1, 99_999), "seed": (0, 2**63),
           "workers": (1, 999)}
+POLL = 1.0  # seconds between looks where other processes make all that is missing
 
 
-def _make_shard(task: tuple[Path, int, int]) -> None:
+def _make(store: Path, result: Path, make: Callable, file: Path, *how):
+    """Make a file -> what `make` says, or True.  None where another process is at it, or it or what is made of it is there."""
+    with open(store / "locks" / file.name, "ab") as lock, suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not file.exists() and not result.exists():  # in this order: the result is there before its files go
+            return make(file, *how) or True
+
+
+def _until(store: Path, result: Path, attempt: Callable[[], tuple[list[Path], Callable]]) -> None:
+    """Return when `result` is there.  An attempt makes what it can of the files, and says what makes the result of all."""
+    free = True
+    while not result.exists():
+        if free:
+            files, finish = attempt()
+        missing = next((file for file in files if not file.exists()), result)
+        before, free = free, _make(store, result, finish if missing == result else bool, missing)  # bool: may it be made?
+        if not free:
+            if before:
+                print(f"waits for {missing.name}, which another process makes", flush=True)
+            time.sleep(POLL)
+
+
+def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], files: list[Path]) -> Iterator:
+    """What `make` returns for each file, or None where it is made elsewhere.  A task begins with its file; `files` gains all."""
+    waiting = deque()
+    for task in takewhile(lambda _: not result.exists(), tasks):
+        files.append(task[0])
+        if not task[0].exists():
+            waiting.append(pool.submit(_make, store, result, make, *task))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    yield from (future.result() for future in waiting)
+
+
+def _make_shard(entry: Path, first: int, last: int) -> None:
     """Write one shard, then into .store its entry for the manifest and the counts of training rows."""
-    entry, first, last = task
     kind, _, number = entry.stem.partition("-")
     settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
     store, counts = stored.Store.opened(entry.parent / "joined" / kind, block.id_type(vocabulary.size)), Counter()
@@ -48,31 +87,56 @@ def _make_shard(task: tuple[Path, int, int]) -> None:
     block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])
 
 
-def _run(settings, vocabulary: Vocabulary, sources: list[Source], part: Part, workers: int, tally: Tally) -> None:
-    """This part's work: pieces, then shards; one part joins each.  `settings` is what the bytes depend on."""
-    out, store, pieces, entries = part.store.parent, part.store, [], []
-    planned, sizes, documents, tokens = store / "joined" / "plan.json", [source.bytes for source in sources], 0, 0
+def _tokenize(made: Callable, store: Path, settings, size: int, sources: list[Source], skip: bool) -> tuple:
+    """Read all sources, and make the pieces that are to be made here -> (all pieces, what joins them)."""
+    pieces, tally, sizes, documents, tokens = [], Tally(skip), [source.bytes for source in sources], 0, 0
+    total, cut = None if None in sizes else sum(sizes), stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
+    with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for found in filter(None, made(stored.make_piece, cut, pieces)):
+            documents, tokens = documents + found[0], tokens + found[1]
+            bar.set_postfix_str(f"{documents:,} documents, {tokens / (bar.format_dict['elapsed'] or 1):,.0f} tokens/s")
+            bar.update(tally.read - bar.n)
+    return pieces, partial(stored.join, pieces, settings, tally, size)
+
+
+def _draw(made: Callable, store: Path, settings, vocabulary: Vocabulary) -> tuple:
+    """Make the shards that are to be made here -> (the entries of all, what writes the manifest)."""
+    entries, (counts, shards) = [], json.loads((store / "joined/plan.json").read_text())
+    tasks = [(store / f"{name}.json", *span) for name, span in shards.items()]
+    with tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None) as bar:
+        for _ in filter(None, made(_make_shard, tasks, entries)):
+            bar.update()
+    return entries, partial(_finish, settings, vocabulary, counts, entries)
+
+
+def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], workers: int, skip: bool) -> None:
+    """Work with other processes until the manifest is there.  `settings` is what the bytes depend on."""
+    store, manifest, size = out / ".store", out / "manifest.json", vocabulary.size
+    begun, planned = store / "settings.json", store / "joined/plan.json"
     pool = ThreadPoolExecutor if workers == 1 else partial(ProcessPoolExecutor, mp_context=get_context("spawn"))  # no torch
-    with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
-        each = partial(stored.in_order, pool, workers + 2)
-        if not planned.exists():
-            mine = part.share(stored.cut_pieces(sources, tally, settings.seed, store / "pieces"), pieces)
-            total = None if None in sizes else sum(sizes)
-            with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
-                for found in each(stored.make_piece, mine):
-                    documents, tokens = documents + found[0], tokens + found[1]
-                    rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-                    bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s")
-                    bar.update(tally.read - bar.n)
-            part.join("pieces", pieces, partial(stored.join, store, pieces, settings, tally, vocabulary.size), planned)
-        counts, shards = json.loads(planned.read_text())
-        mine = list(part.share(((store / f"{name}.json", *span) for name, span in shards.items()), entries))
-        for _ in each(_make_shard, tqdm(mine, desc="rows", unit="shard", disable=None)):
-            pass
-    part.join("shards", entries, partial(_finish, settings, vocabulary, out, counts, entries), out / "manifest.json")
+    (store / "locks").mkdir(parents=True, exist_ok=True)
+    _until(store, begun, lambda: ([], lambda path: block.write_json(path, vars(settings))))
+    with open(begun, "r+b") as alive:
+        fcntl.flock(alive, fcntl.LOCK_SH)
+        built, useless = _is_built(out, settings), False  # perhaps another process began, or has just ended
+        try:
+            if not built:
+                with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
+                    made = partial(_made, pool, workers + 2, store)
+                    _until(store, planned, partial(_tokenize, partial(made, planned), store, settings, size, sources, skip))
+                    _until(store, manifest, partial(_draw, partial(made, manifest), store, settings, vocabulary))
+        except stored.NoPlan:
+            useless = True
+            raise
+        finally:
+            if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
+                with suppress(OSError):  # the last process to end removes what nothing goes on with; OUT too where it is empty
+                    fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(store, ignore_errors=True)
+                    out.rmdir()
 
 
-def _finish(settings, vocabulary: Vocabulary, out: Path, counts: dict, entries: list[Path]) -> None:
+def _finish(settings, vocabulary: Vocabulary, counts: dict, entries: list[Path], manifest: Path) -> None:
     """Write the manifest from what the shards left; its counts are those of the join and, over training rows, these."""
     shards, counted = zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
     train, held = (tuple(block.Shard(**shard) for shard in shards if shard["name"].startswith(kind)) for kind in stored.DRAWS)
@@ -86,20 +150,19 @@ def _finish(settings, vocabulary: Vocabulary, out: Path, counts: dict, entries: 
         "random_of_several": found["random_of_several"] / max(1, found["chunks_of_several"]),
         "mean_length": found["tokens"] / found["rows"],
     }
-    for path in out.glob("*.part"):  # of killed workers
-        path.unlink()
+    for path in manifest.parent.glob("*.part"):  # of killed workers
+        path.unlink(missing_ok=True)
     flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)
-    block.write_json(out / "manifest.json", asdict(block.Manifest(
+    block.write_json(manifest, asdict(block.Manifest(
         format=block.FORMAT, tokenizer=vocabulary.stated(), settings=vars(settings), row_length=settings.row_length,
         mask_sets=settings.mask_sets, rows=found["rows"], tokens=found["tokens"], shards=train, held_out=held,
-        counts=counts, vocabulary=block.write(out / "vocabulary.npy", block.npy(flags)))))
-    shutil.rmtree(out / ".store")
+        counts=counts, vocabulary=block.write(manifest.with_name("vocabulary.npy"), block.npy(flags)))))
 
 
 def _is_built(out: Path, settings) -> bool:
     """Whether OUT holds these very shards.  ValueError where it holds others, built or begun."""
-    begun, built = out / ".store" / "settings.json", (out / "manifest.json").exists()
-    if not built and not begun.exists():
+    started, built = (begun := out / ".store/settings.json").exists(), (out / "manifest.json").exists()  # a store goes later
+    if not started and not built:
         if any(out.glob("train-*.tar")):
             raise ValueError(f"--out {out}: holds shards without a manifest; remove them, or give another folder")
         return False
@@ -111,36 +174,22 @@ def _is_built(out: Path, settings) -> bool:
     return built
 
 
-def build(names: list[str], tokenizer: str, out: Path, *, workers: int, part: str | None = None, on_error: str = "stop",
-          **settings) -> block.Manifest:
+def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error: str = "stop", **settings) -> block.Manifest:
     """Build shards of sources in `out` -> Manifest.  ValueError, one line, for everything a person can mend."""
     for name, (low, high) in LIMITS.items():
         value = (settings | {"workers": workers})[name]
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be between {low:,} and {high:,}")
-    store = out / ".store"
-    share, sources = Part.given(part, store), [Source.opened(name, settings["sentences"]) for name in names]
+    sources = [Source.opened(name, settings["sentences"]) for name in names]
     named = [place for source in sources for place in ([str(file.resolve()) for file, _ in source.files] or [source.name])]
     if len(set(named)) < len(named):  # a copy of a held-out document would be trained on
         raise ValueError(f"source {max(named, key=named.count)}: given more than once; name it once")
     vocabulary = open_tokenizer(tokenizer)
     settings = SimpleNamespace(sources=[source.stated() for source in sources], tokenizer=vocabulary.fingerprint, **settings)
-    if _is_built(out, settings):
-        shutil.rmtree(store, ignore_errors=True)  # of a build killed after its manifest
-        print(f"{out}: already built with these settings; nothing to do")
-        return block.read_manifest(out)
-    print(*sources, sep="\n")
-    store.mkdir(parents=True, exist_ok=True)
-    with share.held():
-        try:
-            if share.leads:
-                block.write_json(store / "settings.json", vars(settings))
-            _run(settings, vocabulary, sources, share, workers, Tally(on_error == "skip"))
-        finally:
-            if share.of == 1 and not (store / "joined/plan.json").exists() and not any(store.glob("pieces/*.npz")):
-                shutil.rmtree(store, ignore_errors=True)  # nothing to go on with
-                if not any(out.iterdir()):
-                    out.rmdir()
+    built = _is_built(out, settings)
+    print(*[f"{out}: already built with these settings; nothing to do"] if built else sources, sep="\n")
+    if not built or (out / ".store").exists():  # of a build killed after its manifest
+        _share(out, settings, vocabulary, sources, workers, on_error == "skip")
     return block.read_manifest(out)
 
 
@@ -163,7 +212,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--shards", type=int, metavar="N", help="training shards; without it they are about 16 MB")
     add("--seed", type=int, default=0)
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="W", help="any number writes the same bytes")
-    add("--part", metavar="K/N", help="do the K-th of N parts, here or on another machine; ranks of a launcher do so alone")
     add("--masking", choices=("whole-word", "token"), default="whole-word")
     add("--one-segment", action="store_true", help="rows [CLS] A [SEP], without second segments")
     add("--sentences", choices=("auto", "lines", "prose"), default="auto", help="what text files hold")
@@ -174,9 +222,6 @@ def main(argv: list[str] | None = None) -> int:
     del settings["local_rank"]
     try:
         manifest = build(**settings)
-    except Unfinished as what:
-        print(what)
-        return 0
     except ValueError as error:
         return _failed(error)
     except OSError as error:

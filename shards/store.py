@@ -10,12 +10,12 @@ import os
 import shutil
 import signal
 import unicodedata
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain, count, islice
+from itertools import chain, count
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -77,15 +77,6 @@ def start_worker(vocabulary: Vocabulary, settings) -> None:
     WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings)
 
 
-def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
-    """Results in the order of the tasks, at most `ahead` of them waiting."""
-    submitted = (pool.submit(function, task) for task in tasks)
-    waiting = deque(islice(submitted, ahead))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(islice(submitted, 1))
-
-
 def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> Iterator[tuple[Path, int, list]]:
     """Pieces in order: a file for each, the number of its source, and (document, copies) of consecutive documents of it."""
     folder.mkdir(exist_ok=True)
@@ -112,9 +103,8 @@ def _hashed(sentences: list[str]) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def make_piece(task: tuple[Path, int, list[tuple[Document, int]]]) -> tuple[int, int]:
+def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> tuple[int, int]:
     """Tokenize one piece into its file -> (documents, tokens).  Documents without a token are left out and counted."""
-    path, source, piece = task
     unk, split = WORKER["vocabulary"].unk, [document.sentences() for document, _ in piece]
     sentences = [text.replace("<unk>", unk) if unk else text for text in chain.from_iterable(split)]
     encode = partial(WORKER["tokenizer"].encode_batch_fast, add_special_tokens=False)
@@ -150,24 +140,28 @@ def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
 
 
+class NoPlan(ValueError):
+    """The pieces are of no use: other settings, or other text, are another build."""
+
+
 def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[str, tuple[int, int]]:
     """The range of documents of each shard, `train-00000` and on, from the tokens x copies of each document."""
     if len(train) < 2 - settings.one_segment:
-        raise ValueError(f"documents to train on: {len(train)}, but random second segments need two at least; give more text"
-                         + ", or --one-segment for rows without a second segment" * len(train))
+        raise NoPlan(f"documents to train on: {len(train)}, but random second segments need two at least; give more text"
+                     + ", or --one-segment for rows without a second segment" * len(train))
     # A token makes 1.25 of rows (special ones and random second segments, less what is cut), 0.15 of each mask set.
     estimate = 1.25 * train.sum() * (id_bytes + 0.15 * settings.mask_sets * (id_bytes + 1))
     ranges = {"train": _ranges(train, settings.shards or max(1, round(estimate / SHARD_BYTES)))}
     if (most := len(ranges["train"])) < (settings.shards or 0):
-        raise ValueError(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
+        raise NoPlan(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
     if len(held):
         ranges["held"] = _ranges(held, max(1, round(most * held.sum() / train.sum())))
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
 
 
-def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: int) -> None:
-    """Lay all pieces end to end as STORE/joined/{train,held}; plan.json, written last: what was counted, what is to be made."""
-    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined"
+def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: Path) -> None:
+    """Lay all pieces end to end as train and held beside plan.json, written last: what was counted, what is to be made."""
+    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], planned.parent
     for path in pieces:
         with np.load(path) as piece:
             tables.append(piece["documents"])
@@ -182,11 +176,7 @@ def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: in
     held = held_out_documents(kept, settings.held_out, settings.seed)
     table["copies"][held] = 1
     weights = table["tokens"] * table["copies"].astype(np.int64)
-    try:
-        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(id_type(vocab_size)).itemsize)
-    except ValueError:
-        shutil.rmtree(store / "pieces")  # nothing to go on with: other settings or other text are another build
-        raise
+    tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(id_type(vocab_size)).itemsize)
     _lay(folder / "train", table, kept & ~held, pieces)
     _lay(folder / "held", table, held, pieces)
     of_source = np.bincount(table["source"], weights * ~held, len(settings.sources))
@@ -194,8 +184,8 @@ def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: in
                   sentences=table["sentences"][kept].sum(), tokens=table["tokens"][kept].sum())
     shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
               for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
-    write_json(folder / "plan.json", [dict(counts, bad=tally.bad, sources=shares), tasks])
-    shutil.rmtree(store / "pieces")
+    write_json(planned, [dict(counts, bad=tally.bad, sources=shares), tasks])
+    shutil.rmtree(pieces[0].parent)
 
 
 def _lay(folder: Path, table: np.ndarray, chosen: np.ndarray, pieces: list[Path]) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import shards.build
 from shards import block, look
 from shards.build import main
 from shards.pairs import cut_documents, draw_rows
@@ -46,23 +48,17 @@ def files(out):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
 
 
-def test_any_number_of_workers_and_parts_writes_the_same_bytes(built, tmp_path, text_folder, tokenizer_folder, capsys,
-                                                               monkeypatch):
-    """Three workers; two parts by hand, each run until it has nothing to do; two ranks at once."""
-    monkeypatch.setattr("shards.store.PIECE_CHARS", 2000)  # of the parts alone: pieces leave no trace in the bytes
+def test_any_number_of_workers_and_processes_writes_the_same_bytes(built, tmp_path, text_folder, tokenizer_folder):
+    """Three workers; two processes at once, ranks of a launcher as it happens."""
     words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--shards=4", "--held-out=0.1", "--row-length=64"]
-    hand = [*words, "--workers=1", "--out", str(tmp_path / "hand")]
-    ranks = [subprocess.Popen([sys.executable, "-m", "shards.build", *words, "--workers=1", "--out", str(tmp_path / "ranks"),
+    code = "import sys, shards.store, shards.build; shards.store.PIECE_CHARS = 2000; sys.exit(shards.build.main(sys.argv[1:]))"
+    ranks = [subprocess.Popen([sys.executable, "-c", code, *words, "--workers=1", "--out", str(tmp_path / "ranks"),
                                f"--local_rank={rank}"], env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
              for rank in range(2)]
-    for part, says in (("1/2", "pieces of others are missing: run --part 2/2 next"),
-                       ("2/2", "shards of others are missing: run --part 1/2 next"), ("1/2", "rows held out")):
-        assert main([*hand, "--part", part]) == 0
-        assert says in capsys.readouterr().out
     three = [sys.executable, "-m", "shards.build", *words, "--workers=3", "--out", str(tmp_path / "three")]
     assert subprocess.run(three, capture_output=True, check=False).returncode == 0
     assert [rank.wait() for rank in ranks] == [0, 0]
-    assert files(tmp_path / "hand") == files(tmp_path / "three") == files(tmp_path / "ranks") == files(built)
+    assert files(tmp_path / "three") == files(tmp_path / "ranks") == files(built)
     assert len(block.read_manifest(built).shards) == 4 and {"manifest.json", "vocabulary.npy"} < files(built).keys()
 
 
@@ -283,7 +279,6 @@ ERRORS = [
     (["SOURCE", "--workers=0"], "--workers 0: must be between 1"),
     (["SOURCE", "--seed=-1"], "--seed -1: must be between 0"),
     (["SOURCE", "--shards=1000"], "--shards 1000: the documents fill at most"),
-    (["SOURCE", "--part=3/2"], "--part 3/2: write K/N, the K-th of N parts"),
     (["SOURCE", "--rows=1"], "unrecognized arguments: --rows=1"),
     (["SOURCE", "SOURCE"], "given more than once; name it once"),
     (["SOURCE", "--tokenizer=./nothing"], "no such folder; give a folder that holds tokenizer.json"),
@@ -309,24 +304,51 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, text_folder, tokeniz
     assert not out.exists()
 
 
-def test_a_build_locks_its_folder(tmp_path, text_folder, tokenizer_folder, capsys):
+def test_a_folder_of_another_build_is_refused_and_one_of_this_is_shared(tmp_path, text_folder, tokenizer_folder, capsys,
+                                                                        monkeypatch):
     words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path), "--workers=1"]
     (tmp_path / "train-00007.tar").write_bytes(b"of another program")
     assert main(words) == 2
     assert "holds shards without a manifest" in capsys.readouterr().err
     (tmp_path / "train-00007.tar").unlink()
-    assert main([*words, "--part=2/2"]) == 0
-    for held, mode in ((("lock", fcntl.LOCK_EX), ["--part=1/2"]), (("lock", fcntl.LOCK_SH), []), (("part-2", fcntl.LOCK_EX),
-                       ["--part=2/2"])):
-        with open(tmp_path / ".store" / held[0], "ab") as lock:
-            fcntl.flock(lock, held[1])
-            assert main([*words, *mode]) == 2
-        assert "another build is writing there" in capsys.readouterr().err and (tmp_path / ".store").exists()
-    assert main([*words, "--seed=1"]) == 2
-    error = capsys.readouterr().err
-    assert "seed: 0 there, 1 here" in error and f"remove {tmp_path}/.store" in error
-    assert main(words) == 0  # another number of parts goes on with what is there
+    with monkeypatch.context() as patched:
+        patched.setattr("shards.build._make_shard", lambda *task: open(tmp_path / "nothing"))
+        assert main(words) == 2
+    assert "No such file" in capsys.readouterr().err
+    for _ in range(2):  # what is refused leaves the other's store
+        assert main([*words, "--seed=1"]) == 2
+        error = capsys.readouterr().err
+        assert "seed: 0 there, 1 here" in error and f"remove {tmp_path}/.store" in error
+    with open(tmp_path / ".store" / "settings.json", "rb") as alive:
+        fcntl.flock(alive, fcntl.LOCK_SH)  # as another process that shares the work
+        assert main(words) == 0 and main(words) == 0
+        assert "already built" in capsys.readouterr().out and (tmp_path / ".store").exists()
+    assert main(words) == 0  # and so is what a build leaves that was killed after its manifest
     assert sorted(files(tmp_path)) == ["held-00000.tar", "manifest.json", "train-00000.tar", "vocabulary.npy"]
+
+
+def test_of_two_builds_that_begin_at_once_with_other_settings_one_is_refused(tmp_path, text_folder, tokenizer_folder, capsys,
+                                                                             monkeypatch):
+    seen = []
+
+    def look(out, settings, look=shards.build._is_built):
+        seen.append(look(out, settings))
+        if len(seen) == 1:  # now the other one begins
+            (out / ".store").mkdir(parents=True)
+            block.write_json(out / ".store" / "settings.json", vars(settings) | {"seed": 7})
+        return seen[-1]
+
+    monkeypatch.setattr("shards.build._is_built", look)
+    assert main([str(text_folder), "--tokenizer", str(tokenizer_folder), "--out", str(tmp_path / "out"), "--workers=1"]) == 2
+    assert "seed: 7 there, 0 here" in capsys.readouterr().err and (tmp_path / "out" / ".store" / "settings.json").exists()
+
+
+def test_a_piece_that_went_with_its_join_is_not_made_again(tmp_path):
+    (tmp_path / "locks").mkdir()
+    make = partial(shards.build._make, tmp_path, tmp_path / "plan.json", lambda file: None)
+    assert make(tmp_path / "0.npz") is True
+    (tmp_path / "plan.json").touch()
+    assert make(tmp_path / "0.npz") is None
 
 
 def test_shards_are_about_16_mb_without_a_number():

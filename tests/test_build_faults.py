@@ -1,27 +1,26 @@
-"""Builds that are killed, stopped, starved of disk or left by another part go on to the same bytes, or say what is wrong."""
+"""Builds that are killed, stopped, starved of disk or left by another process end with the same bytes, or say what is wrong."""
 
+import fcntl
 import hashlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import psutil
 import pytest
 
-from shards import parts
-from shards.parts import Part
 from tests.conftest import generated_documents
 
 pytestmark = pytest.mark.faults
 SMALL = """
-import sys, shards.store, shards.parts
-shards.store.PIECE_CHARS, shards.parts.LOST, shards.parts.BEAT, shards.parts.POLL = 3000, 3, 0.2, 0.05
-from shards.build import main
+import sys, shards.build, shards.store
+shards.store.PIECE_CHARS, shards.build.POLL = 3000, 0.05
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(shards.build.main())
 """
 
 
@@ -44,10 +43,10 @@ def small(tmp_path_factory, tokenizer_folder):
     (folder / "small.py").write_text(SMALL)
     (folder / "a.txt").write_text("\n\n".join("\n".join(document) for document in generated_documents(300)))
 
-    def start(out, *words, workers=2, **variables):
+    def start(out, *words, workers=2):
         command = [sys.executable, str(folder / "small.py"), str(folder / "a.txt"), "--tokenizer", str(tokenizer_folder),
                    "--shards=12", f"--workers={workers}", "--out", str(out), *words]
-        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()} | variables, text=True,
+        return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
     assert start(folder / "straight").wait() == 0
@@ -90,12 +89,49 @@ def test_work_that_is_there_is_not_done_again(small, tmp_path):
     assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in whole}
 
 
-def test_a_build_begun_in_two_parts_may_be_ended_by_one(small, tmp_path):
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_process_goes_on_alone_where_the_other_is_killed(small, tmp_path, moment):
     start, expected = small
-    assert start(tmp_path, "--part=2/2").wait() == 0
-    begun = len(list((tmp_path / ".store" / "pieces").iterdir()))
-    assert begun > 20
-    assert start(tmp_path, workers=1).wait() == 0 and files(tmp_path) == expected
+    gone, left = start(tmp_path, workers=1), start(tmp_path)
+    until(lambda: MOMENTS[moment](tmp_path / ".store"), moment)
+    gone.kill()
+    gone.wait()
+    assert left.wait() == 0, left.stderr.read()
+    assert files(tmp_path) == expected
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_process_that_comes_late_shares_what_is_left(small, tmp_path, moment):
+    start, expected = small
+    early = start(tmp_path)
+    until(lambda: MOMENTS[moment](tmp_path / ".store"), moment)
+    late = start(tmp_path, workers=1)
+    assert [early.wait(), late.wait()] == [0, 0], late.stderr.read()
+    assert files(tmp_path) == expected
+
+
+@pytest.mark.parametrize("file, moment", [("settings.json", None), ("11.npz", "first piece"), ("plan.json", "many pieces"),
+                                          ("train-00007.json", "joined"), ("manifest.json", "some rows")])
+def test_a_process_waits_for_what_another_makes_and_makes_it_where_that_one_dies(small, tmp_path, file, moment):
+    start, expected = small
+    locks = tmp_path / ".store" / "locks"
+    locks.mkdir(parents=True)
+    with open(locks / file, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as one that makes the file
+        build = start(tmp_path, workers=1)
+        assert list(islice(build.stdout, 2))[1] == f"waits for {file}, which another process makes\n"
+        assert moment is None or MOMENTS[moment](tmp_path / ".store")
+        assert [path.parent for path in tmp_path.rglob(file)] == [locks]
+    assert build.wait() == 0 and files(tmp_path) == expected  # closed: free, and not made
+    assert "which another process makes" not in build.stdout.read()
+
+
+def test_every_process_meets_the_error_of_the_data_and_the_last_leaves_nothing(small, tmp_path):
+    start, _ = small
+    for build in [start(tmp_path / "out", "--shards=900", workers=1) for _ in range(3)]:
+        _, error = build.communicate()
+        assert build.returncode == 2 and error.startswith("error: --shards 900: the documents fill at most ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_build_goes_on_after_ctrl_c(small, tmp_path):
@@ -136,42 +172,6 @@ def test_a_full_disk_is_said_and_the_build_goes_on(small, tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_a_rank_that_is_gone_ends_the_others(small, tmp_path):
-    start, expected = small
-    ranks = [start(tmp_path, workers=1, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    until(lambda: (tmp_path / ".store" / "part-2").exists() and MOMENTS["first piece"](tmp_path / ".store"), "first piece")
-    ranks[1].kill()
-    ranks[1].wait()
-    out, error = ranks[0].communicate()
-    if ranks[0].returncode:  # the killed rank may have had its pieces and shards ready before
-        assert "part 2/2 is gone: no sign of it for 3 s" in error and "waits for" in out
-    ranks = [start(tmp_path, workers=1, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
-    assert [rank.wait() for rank in ranks] == [0, 0] and files(tmp_path) == expected
-
-
-def test_a_waiting_part_tells_a_failure_from_an_old_one_and_from_silence(tmp_path, monkeypatch, capsys):
-    part, other, never = Part(1, 2, True, tmp_path), tmp_path / "part-2", [tmp_path, tmp_path / "never"]
-    monkeypatch.setattr(parts, "LOST", 0.3)
-    for contents, says in (((b".", b"..", b"..no more tea"), "part 2/2 failed: no more tea"),
-                           ((b"..of yesterday", b"", b".", b".of today"), "part 2/2 failed: of today"),
-                           ((b"..of yesterday",), "part 2/2 is gone: .*of yesterday"), ((b".", b".."), "is gone: no sign")):
-        left = list(contents)
-        other.write_bytes(left.pop(0))
-        monkeypatch.setattr("time.sleep", lambda _: left and other.write_bytes(left.pop(0)))
-        with pytest.raises(ValueError, match=says):
-            part.wait("pieces", never)
-    assert "part 1/2: waits for pieces of part [2]" in capsys.readouterr().out
-    part.wait("pieces", [tmp_path])
-
-
-def test_a_failing_part_leaves_its_error(tmp_path):
-    with pytest.raises(OSError), Part(2, 3, True, tmp_path).held():
-        raise OSError("no more tea")
-    assert (tmp_path / "part-2").read_bytes() == b"no more tea"
-    with Part(2, 3, True, tmp_path).held():
-        assert (tmp_path / "part-2").read_bytes() == b""
-
-
 def test_a_document_of_50_mb_fits_in_a_gigabyte(tmp_path, tokenizer_folder):
     lines = "\n".join(sentence for document in generated_documents(200) for sentence in document)
     with open(tmp_path / "large.txt", "w") as file:
@@ -185,7 +185,7 @@ def test_a_document_of_50_mb_fits_in_a_gigabyte(tmp_path, tokenizer_folder):
     assert status == 0 and usage.ru_maxrss < 2**20  # KiB; most of it is what transformers loads and the text itself
 
 
-def test_the_lock_is_free_when_only_workers_are_left(small, tmp_path, tokenizer_folder, capsys):
+def test_workers_that_outlive_their_parent_let_go(small, tmp_path):
     """Stopped workers stand for workers that have not noticed yet that their parent is gone."""
     start, expected = small
     build = start(tmp_path)
@@ -195,10 +195,12 @@ def test_the_lock_is_free_when_only_workers_are_left(small, tmp_path, tokenizer_
         worker.suspend()
     build.kill()
     build.wait()
+    again = start(tmp_path)
     try:
-        assert start(tmp_path).wait() == 0 and files(tmp_path) == expected
+        assert any(line.startswith("waits for ") for line in again.stdout)
     finally:
         for worker in workers:
             worker.resume()
+    assert again.wait() == 0
     until(lambda: not any(worker.is_running() and worker.status() != "zombie" for worker in workers), "the workers' end")
     assert files(tmp_path) == expected and not Path(tmp_path / ".store").exists()
