@@ -1,9 +1,8 @@
 """THE FORMAT: blocks of rows, the samples of a WebDataset shard, and the manifest that lists the shards.
 
-A row is one NSP pair `[CLS] A [SEP] B [SEP]`, kept unmasked.  A block is up to BLOCK_ROWS rows; it is one
-WebDataset sample, so a shard is a plain tar of members `00000.ids.npy`, `00000.lengths.npy`, ...  Ragged
-arrays are stored flat beside their lengths.  Letters: R rows, T tokens of all rows, M mask sets, P masked
-positions of all sets and rows.
+A row is one NSP pair `[CLS] A [SEP] B [SEP]`, kept unmasked.  A block is up to BLOCK_ROWS rows; it is one WebDataset sample, so a
+shard is a plain tar of members `00000.ids.npy`, `00000.lengths.npy`, ...  Ragged arrays are stored flat beside their lengths.
+Letters: R rows, T tokens of all rows, M mask sets, P masked positions of all sets and rows.
 """
 
 import hashlib
@@ -144,9 +143,7 @@ def read_shard(folder: str | Path, shard: Shard) -> Block:
     """All rows of one shard, its size and sum checked first.  ValueError names the shard and what is wrong with it."""
     if path := local(folder):
         shard_path(path, shard)
-    where = f"shard {address(folder, shard.name)}"
-    data = read_checked(folder, shard.name, shard.sha256, shard.bytes)
-    arrays, at, members = [], 0, len(MEMBERS)
+    data, arrays, at = read_checked(folder, shard.name, shard.sha256, shard.bytes), [], 0
     try:
         while at < len(data) and data[at]:  # headers by hand: tarfile and np.load would take most of a stream's time
             member, size = data[at:at + 100].rstrip(b"\0").decode(), int(data[at + 124:at + 135], 8)
@@ -156,12 +153,12 @@ def read_shard(folder: str | Path, shard: Shard) -> Block:
             shape = [int(n) for n in header[2].split(b",") if n]
             arrays.append(np.frombuffer(payload, header[1].decode(), offset=header.end()).reshape(shape))
             at += 512 + -(-size // 512) * 512
-        blocks = [Block(*arrays[n:n + members]) for n in range(0, len(arrays), members)]
+        whole = Block.joined([Block(*arrays[n:n + len(MEMBERS)]) for n in range(0, len(arrays), len(MEMBERS))])
+        if whole.rows != shard.rows:
+            raise ValueError(f"holds {whole.rows:,} rows, but the manifest says {shard.rows:,}")
+        return whole
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: not readable as blocks of rows ({error})") from error
-    if (rows := sum(block.rows for block in blocks)) != shard.rows:
-        raise ValueError(f"{where}: holds {rows:,} rows, but the manifest says {shard.rows:,}")
-    return Block.joined(blocks)
+        raise ValueError(f"shard {address(folder, shard.name)}: not readable as blocks of rows ({error})") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +186,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         raw = json.loads(fetch(folder, "manifest.json"))
         if raw["format"] != FORMAT:
             raise ValueError(f"format {raw['format']}, this version reads format {FORMAT}")
-        for key in ("shards", "held_out"):
-            raw[key] = tuple(Shard(**entry) for entry in raw[key])
-            if unsafe := [shard.name for shard in raw[key] if not SAFE_NAME.fullmatch(shard.name)]:
-                raise ValueError(f"a shard is named {unsafe[0]!r}; a manifest may only name files beside it, [A-Za-z0-9._-]+")
+        raw |= {key: tuple(Shard(**entry) for entry in raw[key]) for key in ("shards", "held_out")}
+        if unsafe := [shard.name for shard in raw["shards"] + raw["held_out"] if not SAFE_NAME.fullmatch(shard.name)]:
+            raise ValueError(f"a shard is named {unsafe[0]!r}; a manifest may only name files beside it, [A-Za-z0-9._-]+")
         return Manifest(**raw)
     except OSError as error:
         raise ValueError(f"no shards in {folder} ({where}: {error.strerror or error}); {make}") from error

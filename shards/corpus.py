@@ -18,6 +18,7 @@ RUN = 1000  # rows of a document where the source does not say where documents e
 HEADING = re.compile(r" ?(=(?: =)*) \S.* \1 ?")  # ` = Title = `, ` = = Section = = `: WikiText
 GUTENBERG = re.compile(r"\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG", re.IGNORECASE)
 GUTENBERG_CREDIT = re.compile(r"(?:Produced by|E-text prepared by|End of (?:the )?Project Gutenberg)")
+QUOTED = re.compile('"([^"]*)"')
 SENTENCE_END = re.compile(r"[.!?:;][\"'”’)\]_ ]*$|''$")
 
 # Corpora in token form (WikiText, BookCorpus, Penn Treebank) -> the spacing that a teacher saw in its pretraining.
@@ -35,10 +36,8 @@ UNDONE = [(needle, re.compile(pattern), plain) for needle, pattern, plain in (
 
 def untokenized(text: str) -> str:
     """`he did n't go ( 4 @,@ 386 t ) .` -> `he didn't go (4,386 t).`"""
-    parts = text.split('"')
-    if len(parts) % 2:  # as many opening as closing quotes
-        parts[1::2] = [part.strip() for part in parts[1::2]]
-        text = '"'.join(parts)
+    if text.count('"') % 2 == 0:  # as many opening as closing ones
+        text = QUOTED.sub(lambda found: f'"{found[1].strip()}"', text)
     for needle, pattern, plain in UNDONE:
         if needle in text:
             text = pattern.sub(plain, text)

@@ -1,9 +1,4 @@
-"""What shards hold, for a person.
-
-    python -m shards.look DIR                         a summary
-    python -m shards.look DIR --verify                the sum and rows of every shard; OK, or which is wrong (exit 1)
-    python -m shards.look DIR --row train-00000:17    one row as text, and as each mask set shows it
-"""
+"""What shards hold, for a person: `python -m shards.look --help`."""
 
 import argparse
 import sys
@@ -18,15 +13,15 @@ from shards.tokenizer import auto_tokenizer, fingerprint
 def summary(folder: Path, manifest: Manifest) -> str:
     size, held = sum(shard.bytes for shard in manifest.shards), sum(shard.rows for shard in manifest.held_out)
     counts = dict(manifest.counts)
-    named = [f"source {source['name']}: weight {source['weight']:g}, {source['share']:.1%} of the tokens"
-             for source in counts.pop("sources")] + [f"left out: {record}" for record in counts.pop("bad")]
+    sources, bad = counts.pop("sources"), counts.pop("bad")
     return "\n".join([
         f"{folder}: {manifest.rows:,} rows of at most {manifest.row_length}, {manifest.tokens:,} tokens in "
         f"{len(manifest.shards)} shards, {size / 2**20:,.1f} MiB, {size / manifest.tokens:.2f} bytes a token with "
         f"{manifest.mask_sets} mask sets; {held:,} rows held out in {len(manifest.held_out)}",
         f"tokenizer {manifest.tokenizer['name']}, {manifest.tokenizer['vocab_size']:,} ids",
-        *(f"{name.replace('_', ' ')}: {number:,}" if isinstance(number, int) else f"{name.replace('_', ' ')}: {number:.4f}"
-          for name, number in counts.items()), *named])
+        *(f"{name.replace('_', ' ')}: {n:{',' if isinstance(n, int) else '.4f'}}" for name, n in counts.items()),
+        *(f"source {each['name']}: weight {each['weight']:g}, {each['share']:.1%} of the tokens" for each in sources),
+        *(f"left out: {record}" for record in bad)])
 
 
 def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None) -> str:
@@ -40,13 +35,13 @@ def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None
     if fingerprint(opened) != theirs["fingerprint"]:
         raise ValueError(f"tokenizer {tokenizer or theirs['name']}: not the one of these shards; give {theirs['name']}'s")
     block, row = read_shard(folder, shard), int(number)
-    end, first = int(block.lengths[:row + 1].sum(dtype=np.int64)), int(block.first[row])
-    ids = block.ids[end - int(block.lengths[row]):end]
+    ids, first = np.split(block.ids, np.cumsum(block.lengths))[row], block.first[row]
     shown = {"A": ids[:first], "B": ids[first:]}
-    ends = np.cumsum(block.mask_counts, dtype=np.int64).reshape(block.mask_counts.shape)
-    for mask_set, (end, count) in enumerate(zip(ends[:, row], block.mask_counts[:, row].astype(int), strict=True)):
+    ends = np.cumsum(block.mask_counts)[:-1]  # set by set, row by row
+    positions, others = (np.split(flat, ends)[row::block.rows] for flat in (block.mask_positions, block.mask_ids))
+    for mask_set, (where, other) in enumerate(zip(positions, others, strict=True)):
         shown[f"set {mask_set}"] = ids.copy()
-        shown[f"set {mask_set}"][block.mask_positions[end - count:end]] = block.mask_ids[end - count:end]
+        shown[f"set {mask_set}"][where] = other
     label = "one segment" if first == len(ids) else "random B" if block.is_random[row] else "B follows A"
     return "\n".join([f"{shard.name} row {row}: {len(ids)} tokens, {label}",
                       *(f"{name:8}{opened.backend_tokenizer.decode(part.tolist(), False)}" for name, part in shown.items())])
@@ -55,8 +50,8 @@ def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.look", description="What shards hold, for a person.")
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--verify", action="store_true", help="check the sum and the rows of every shard")
-    parser.add_argument("--row", metavar="SHARD:N", help="show one row")
+    parser.add_argument("--verify", action="store_true", help="check the sum and rows of every shard; exit 1 where one is wrong")
+    parser.add_argument("--row", metavar="SHARD:N", help="one row, such as train-00000:17, as text and as each mask set shows it")
     parser.add_argument("--tokenizer", metavar="DIR_OR_NAME", help="where the manifest's is not to be found")
     options = parser.parse_args(argv)
     try:

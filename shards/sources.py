@@ -32,6 +32,9 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 TEXT, JSON, PARQUET = (".txt", ".tokens", ".raw"), (".jsonl", ".ndjson", ".json"), (".parquet",)  # taken from a folder
 BUFFER, BATCH = 2**16, 128  # bytes, and rows of Parquet, held at once: a row may be a book
 HUB = re.compile(r"(hf|wikitext|bookcorpus|bookcorpusopen)(?::([^@#]+))?(?:@([^@#]+))?(?:#(.+))?")
+HOMES = {"wikitext": "Salesforce/wikitext", "bookcorpus": "bookcorpus/bookcorpus",
+         "bookcorpusopen": "lucadiliello/bookcorpusopen"}
+FORMS = {"wikitext": Form("wikitext"), "bookcorpus": Form("lines", "run")}  # known, whatever the first lines look like
 
 
 def _suffix(file) -> str:
@@ -39,27 +42,20 @@ def _suffix(file) -> str:
     return Path(path.stem).suffix if path.suffix in CODECS else path.suffix
 
 
-def _raw(opened, file, column: str) -> Iterator[bytes | None]:
-    """Lines with their ends, or rows of Parquet."""
-    if _suffix(file) not in PARQUET:
-        codec = CODECS.get(Path(file).suffix)
-        yield from io.BufferedReader(pyarrow.input_stream(opened, codec), BUFFER) if codec else opened
-        return
-    rows = ParquetFile(opened, buffer_size=BUFFER, pre_buffer=False)
-    types = {field.name: str(field.type) for field in rows.schema_arrow}
-    if types.get(column) not in ("string", "large_string"):
-        raise ValueError(f"{file}: no text in column {column!r}; name one of {types}")
-    for batch in rows.iter_batches(BATCH, columns=[column]):
-        yield from batch.column(0).cast(pyarrow.large_binary()).to_pylist()
-
-
 def _rows(file: Path | str, column: str, tally: Tally) -> Iterator[str]:
     """Lines of a text file without their ends, or rows of another; an empty one for one that is bad."""
-    before, local, kind = tally.read, isinstance(file, Path), _suffix(file)
+    before, local, kind, codec = tally.read, isinstance(file, Path), _suffix(file), CODECS.get(Path(file).suffix)
     try:
         with fsspec.open(str(file), "rb") as opened:
-            for number, raw in enumerate(_raw(opened, file, column), 1):
-                text, wrong = "", None
+            raws = io.BufferedReader(pyarrow.input_stream(opened, codec), BUFFER) if codec else opened
+            if kind in PARQUET:
+                table = ParquetFile(opened, buffer_size=BUFFER, pre_buffer=False)
+                types = {field.name: str(field.type) for field in table.schema_arrow}
+                if types.get(column) not in ("string", "large_string"):
+                    raise ValueError(f"{file}: no text in column {column!r}; name one of {types}")
+                cells = (batch.column(0) for batch in table.iter_batches(BATCH, columns=[column]))
+                raws = chain.from_iterable(some.cast(pyarrow.large_binary()).to_pylist() for some in cells)
+            for number, raw in enumerate(raws, 1):
                 try:
                     text = raw.decode().strip("\ufeff\r\n")
                     if text and kind in JSON:
@@ -85,48 +81,34 @@ def _rows(file: Path | str, column: str, tally: Tally) -> Iterator[str]:
         tally.read = before + file.stat().st_size
 
 
-def _surveyed(files: list, column: str, sentences: str) -> list[tuple]:
-    """Each file as a text of its own, (form, (file,)); a bad record among its first is told when it is read."""
-    tally, texts, some = Tally(skip=True), [], False
-    for file in files:
-        lines = list(islice((line for row in _rows(file, column, tally) for line in row.split("\n")), SAMPLED))
-        texts.append((survey(lines, sentences, "row" if _suffix(file) in JSON + PARQUET else "text"), (file,)))
-        some |= any(map(str.strip, lines))
-    if tally.bad and not some:
-        raise ValueError(tally.bad[0])
-    return texts
-
-
-def _paths(name: str, sentences: str) -> tuple:
-    """(column, *texts) of a file, folder or glob, sorted.  ValueError says what can be given instead."""
-    named = re.fullmatch(r"(.+):([^:/*]+)", name) if not Path(name).expanduser().exists() else None
+def _of_path(name: str) -> tuple[str, list[tuple[Path]]]:
+    """(column, files) of a file, folder or glob, sorted, each a text of its own."""
+    named = None if Path(name).expanduser().exists() else re.fullmatch(r"(.+):([^:/*]+)", name)
     place, column = named.groups() if named else (name, "text")
     path = Path(place).expanduser()
     found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
     if path.is_dir():
         found = [inside for inside in path.rglob("*") if _suffix(inside) in TEXT + JSON + PARQUET]
-    if not (found := sorted(filter(Path.is_file, found))):
+    if not (files := sorted(filter(Path.is_file, found))):
         raise ValueError(f"source {name}: no such file or match, or a folder without text; write PATH[:COLUMN] of text, JSON "
                          "lines, Parquet (.gz, .zst, .bz2), wikitext:CONFIG, bookcorpus, bookcorpusopen, hf:NAME[:CONFIG]:COLUMN")
-    return column, *_surveyed(found, column, sentences)
+    return column, [(file,) for file in files]
 
 
-def _hub(source: str, sentences: str) -> tuple:
-    """(column, (form, files)) of a name that HUB matches; the names of files that are not here hold the commit."""
+def _of_hub(source: str, kind: str, given: str | None, split: str | None, revision: str | None) -> tuple[str, list[tuple]]:
+    """(column, files) of the parts of HUB, one text over all; the names of files that are not here hold the commit."""
     import datasets
     from huggingface_hub import HfApi
 
-    kind, names, split, revision = HUB.fullmatch(source).groups()
-    homes = {"bookcorpus": "bookcorpus/bookcorpus", "bookcorpusopen": "lucadiliello/bookcorpusopen"}
-    names, split = (names or homes.get(kind, "")).split(":"), split or "train"
-    column = names.pop() if kind == "hf" else "text"
-    if kind == "wikitext" and len(names) == 1:
-        names = ["Salesforce/wikitext", *names]
-    elif names == [homes["bookcorpus"]]:  # its main branch is a loading script
-        revision = revision or "refs/convert/parquet"
+    names, split = given.split(":") if given else [], split or "train"
+    column = names.pop() if kind == "hf" and names else "text"
+    if kind in HOMES and len(names) == (kind == "wikitext"):
+        names.insert(0, HOMES[kind])
     if not 1 <= len(names) <= 2 or not all(names):
         raise ValueError(f"source {source}: write hf:NAME[:CONFIG]:COLUMN, wikitext:[NAME:]CONFIG or bookcorpus[:NAME[:CONFIG]]")
-    name, config = os.path.expanduser(names[0]), names[-1] if len(names) == 2 else None
+    if names == [HOMES["bookcorpus"]]:  # its main branch is a loading script
+        revision = revision or "refs/convert/parquet"
+    name, config = os.path.expanduser(names[0]), names[1] if len(names) == 2 else None
     try:
         if not (local := os.path.isdir(name)):  # asked once: load_dataset_builder asks again for half a minute
             HfApi().dataset_info(name, revision=revision, timeout=10)
@@ -136,14 +118,12 @@ def _hub(source: str, sentences: str) -> tuple:
             files = datasets.load_dataset_builder(name, data_dir=config, revision=revision).config.data_files
         if split not in files:
             raise ValueError(f"no split {split!r}; name one of {', '.join(map(str, files))} as @SPLIT")
-        files = tuple(sorted(map(Path if local else str, files[split])))
-        if other := {*map(_suffix, files)} - {*JSON, *PARQUET}:
+        if other := {*map(_suffix, files[split])} - {*JSON, *PARQUET}:
             raise ValueError(f"its files are {', '.join(sorted(other))}")
-        (form, _), = _surveyed(files[:1], column, "prose" if kind == "bookcorpusopen" else sentences)
     except Exception as error:  # the network's, the hub's, datasets': each raises its own
         raise ValueError(f"source {source}: {name} cannot be opened: {type(error).__name__}: {error!s:.300} (NAME can be a "
                          "folder of Parquet files; #refs/convert/parquet at the end takes the hub's own Parquet copy)") from error
-    return column, ({"wikitext": Form("wikitext"), "bookcorpus": Form("lines", "run")}.get(kind, form), files)
+    return column, [tuple(sorted(map(Path if local else str, files[split])))]
 
 
 @dataclass(frozen=True)
@@ -152,28 +132,31 @@ class Source:
 
     name: str  # as given, without the weight
     weight: float
-    texts: tuple[tuple[Form, tuple[Path | str, ...]], ...] = ()  # each one text over files
-    column: str = "text"
+    column: str
+    texts: tuple[tuple[Form, tuple[Path | str, ...]], ...]  # each one text over files
+    files: tuple[tuple[Path, Form], ...]  # those on this machine, each with what it was taken for
+    bytes: int | None  # of them, None where there are none
 
     @staticmethod
     def opened(given: str, sentences: str = "auto") -> "Source":
-        """Look at the first lines of each file.  ValueError says what can be given instead."""
-        name, weight = given, 1.0
-        if (found := re.fullmatch(r"(.+)=([-+]?\d*\.?\d+|nan|inf)", given)) and not Path(given).expanduser().exists():
-            name, weight = found[1], float(found[2])
+        """Look at the first lines of each text.  ValueError says what can be given instead."""
+        found = None if Path(given).expanduser().exists() else re.fullmatch(r"(.+)=([-+]?\d*\.?\d+|nan|inf)", given)
+        name, weight = (found[1], float(found[2])) if found else (given, 1.0)
         if not 0 < weight <= 255:
             raise ValueError(f"source {given}: a weight must be above 0 and at most 255 (SOURCE=2 takes it twice)")
-        column, *texts = (_hub if HUB.fullmatch(name) else _paths)(name, sentences)
-        return Source(name, weight, tuple(texts), column)
-
-    @property
-    def files(self) -> tuple[tuple[Path, Form], ...]:
-        """Those on this machine, each with what it was taken for."""
-        return tuple((file, form) for form, files in self.texts for file in files if isinstance(file, Path))
-
-    @property
-    def bytes(self) -> int | None:
-        return sum(path.stat().st_size for path, _ in self.files) or None
+        hub = HUB.fullmatch(name)
+        column, parts = _of_hub(name, *hub.groups()) if hub else _of_path(name)
+        kind, tally, texts, empty = hub and hub[1], Tally(skip=True), [], True
+        for files in parts:
+            lines = list(islice((line for row in _rows(files[0], column, tally) for line in row.split("\n")), SAMPLED))
+            ends = "row" if _suffix(files[0]) in JSON + PARQUET else "text"
+            form = FORMS.get(kind) or survey(lines, "prose" if kind == "bookcorpusopen" else sentences, ends)
+            texts.append((form, files))
+            empty = empty and not any(map(str.strip, lines))
+        if tally.bad and empty:  # a bad record among good ones is told when it is read
+            raise ValueError(tally.bad[0])
+        here = tuple((file, form) for form, files in texts for file in files if isinstance(file, Path))
+        return Source(name, weight, column, tuple(texts), here, sum(file.stat().st_size for file, _ in here) or None)
 
     def stated(self) -> dict:
         """For the manifest; sha256 is over the names of the files, below what all share, and their sizes."""
