@@ -1,7 +1,6 @@
 """Classifiers with our labels in our order, and the losses and the loop that train teacher, layers and predictions.
 
-Letters: B rows, C labels.  A batch is what finetune.data.Rows.batch gives; a loss is one number a row (B,).
-"""
+Letters: B rows, C labels.  A batch is what finetune.data.Rows.batch gives; a loss is one number a row (B,)."""
 
 import copy
 import math
@@ -18,9 +17,10 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, Student, longest_row, model_config, trace
+from pretrain.encoder import ATTENTION, longest_row, model_config, trace
 from pretrain.objective import distil, weighted
 from pretrain.plan import fastest_dtype
+from pretrain.student import Student
 from shards.tokenizer import auto_tokenizer, fingerprint, plain
 
 UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
@@ -43,8 +43,7 @@ def reorder(model: nn.Module, order: list[int]) -> None:
 def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A classifier in eval mode over the model of a folder or hub name, its outputs in LABELS' order (unnamed: as they are).
 
-    What the model has no weights for (pooler, head) is drawn from the seed.
-    """
+    What the model has no weights for (pooler, head) is drawn from the seed."""
     config = copy.deepcopy(model_config(str(name)))
     names = output_names(config)
     config.id2label, config.label2id = dict(enumerate(LABELS)), {label: n for n, label in enumerate(LABELS)}
@@ -151,8 +150,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
         measure: Callable[[], float]) -> list[dict]:
     """Train the model in place; after each epoch `measure()` looks at dev rows.  Gives a line of figures an epoch.
 
-    The model ends with the weights of the epoch of the best dev accuracy; a student's layers with those of the last.
-    """
+    The model ends with the weights of the epoch of the best dev accuracy; a student's layers with those of the last."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
     figure = "dev_loss" if stage == "layers" else "dev_accuracy"
     order, each = torch.Generator().manual_seed(seed), math.ceil(len(rows.labels) / settings.batch)

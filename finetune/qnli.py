@@ -2,8 +2,7 @@
 
 The command line, and every number that changes what a run learns; light to import: torch comes after both are checked.
 
-    python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue
-"""
+    python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
 
 import argparse
 import math

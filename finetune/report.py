@@ -20,8 +20,7 @@ ROUNDS = 7  # of timing
 def speeds(models: dict[str, nn.Module], rows: Rows) -> dict[str, list[float]]:
     """Rows a second of each model, from rows on the host to answers on the host, in each of ROUNDS rounds.
 
-    Float32 on a CPU, bfloat16 on a GPU.  The models take turns within a round: a busy machine slows all of them.
-    """
+    Float32 on a CPU, bfloat16 on a GPU.  The models take turns within a round: a busy machine slows all of them."""
     numbers = list(range(min(4 * SPEED_BATCH, len(rows.labels))))
     batches = [rows.batch(numbers[n:n + SPEED_BATCH]) for n in range(0, len(numbers), SPEED_BATCH)]
     found: dict[str, list[float]] = {name: [] for name in models}

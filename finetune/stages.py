@@ -18,7 +18,7 @@ from finetune import data, distill, report
 from finetune.distill import fit, half, mean
 from pretrain.encoder import load_teacher, model_config
 from pretrain.objective import TERMS, layer_map
-from shards.block import written_whole
+from shards.block import write
 from shards.tokenizer import auto_tokenizer
 
 
@@ -31,8 +31,7 @@ def sums(name: str | Path) -> dict[str, str] | str:
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
     """What stage.json in a folder says: inputs, figures, sha256 of each file.
 
-    Where the folder is not there, not whole or of other inputs, `make(part)` fills an empty one and gives its figures.
-    """
+    Where the folder is not there, not whole or of other inputs, `make(part)` fills an empty one and gives its figures."""
     why, record = "a file is missing or changed", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
     if found and found["files"] == sums(folder):
@@ -137,8 +136,7 @@ class Run:
         found = {"models": report.figures(opened, dev), "data": self.given.data, "device": device, "train_rows": len(self.train),
                  "dev_rows": len(self.dev), "seed": self.seed, "settings": asdict(self.settings), "stages": records}
         for name, content in (("report.md", report.text(found)), ("report.json", json.dumps(found, indent=2) + "\n")):
-            with written_whole(self.out / name) as file:
-                file.write(content.encode())
+            write(self.out / name, content.encode())
         return report.text(found)
 
 

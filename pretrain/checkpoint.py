@@ -2,8 +2,7 @@
 
 DeepSpeed neither syncs nor renames, and loads a file with a flipped byte without complaint.  So every rank writes into
 `step-N.part`; then rank 0 syncs the files, writes `manifest.json` with their sizes and sha256, renames the folder, and
-reads it back before an older one may go.  `latest` is for people: a run takes the newest tag whose sums are right.
-"""
+reads it back before an older one may go.  `latest` is for people: a run takes the newest tag whose sums are right."""
 
 import hashlib
 import json
@@ -17,7 +16,7 @@ from torch import nn
 from pretrain.engine import Engine
 from pretrain.ranks import Ranks
 from pretrain.recipe import NOT_LEARNED
-from shards.block import written_whole
+from shards.block import write, write_json
 
 KEEP = 3  # newest good checkpoints that stay
 
@@ -26,8 +25,7 @@ def save(folder: Path, engines: list[Engine], ranks: Ranks, *, step: int, about:
          last: Path | None) -> Path:
     """Write `step-N` whole; every rank calls it.  `about` (settings, machine) goes into its manifest.
 
-    Where that fails, as on a full disk, all ranks raise ValueError, which names the `last` good one; nothing of it stays.
-    """
+    Where that fails, as on a full disk, all ranks raise ValueError, which names the `last` good one; nothing of it stays."""
     tag, part = folder / f"step-{step}", folder / f"step-{step}.part"
     try:
         ranks.first(partial(_prepare, part, [engine.name for engine in engines]))
@@ -56,15 +54,13 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict, keep_every: in
         raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
     files = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
              for path in sorted(part.rglob("*")) if path.is_file()}
-    with written_whole(part / "manifest.json") as file:
-        file.write(json.dumps({**facts, "files": files}, indent=1).encode())
+    write_json(part / "manifest.json", {**facts, "files": files})
     sync(part, *part.rglob("*"))
     shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
     part.rename(tag)
     sync(tag.parent)
     verified(tag)
-    with written_whole(tag.parent / "latest") as file:
-        file.write(tag.name.encode())
+    write(tag.parent / "latest", tag.name.encode())
     older = [(step, old) for step, old in _tags(tag.parent).items() if step <= facts["step"]]  # newer ones are damaged
     for step, old in older[KEEP:]:
         if not keep_every or step % keep_every:
@@ -114,8 +110,7 @@ def verified(tag: Path) -> dict:
 def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] | None:
     """The newest checkpoint whose sums are right: (tag, step, what a person should know, whether it must be converted).
 
-    None where there is no checkpoint.  ValueError where none is good, or where the learning settings are others.
-    """
+    None where there is no checkpoint.  ValueError where none is good, or where the learning settings are others."""
     notes = []
     for tag in _tags(folder).values():
         try:

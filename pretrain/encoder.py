@@ -1,17 +1,13 @@
-"""Teacher and students from transformers, and the trace each one hands out.
+"""Encoders from transformers, the trace each one hands out, and the teacher.
 
 No hooks and no copied BERT: an attention function registered with transformers runs SDPA and returns the
 projected queries and keys in the place of the attention weights, and `output_attentions=True` collects them.
 
-Letters: B rows, L positions, D features, H heads, d features of a head.
-"""
+Letters: B rows, L positions, D features, H heads, d features of a head."""
 
 import copy
-import hashlib
-import re
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,11 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 from transformers.masking_utils import sdpa_mask
 
-from pretrain.objective import Trace, one_layer_each
-from pretrain.recipe import Shape
+from pretrain.objective import Trace
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
@@ -34,8 +29,8 @@ FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.
 
 
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-    """SDPA that gives (output (B, L, H, d), [query, key]); a fallback that would build L x L is an error on CUDA."""
-    traced, width = [query, key], query.shape[-1]
+    """SDPA that gives (output (B, L, H, d), [query, key, value]); a fallback that would build L x L is an error on CUDA."""
+    traced, width = [query, key, value], query.shape[-1]
     scaling = width**-0.5 if scaling is None else scaling
     if query.is_cuda and width % 8:
         # Fused kernels want head widths divisible by 8 in 16 bit (tiny4 has 26); zeros change neither scores nor values.
@@ -48,8 +43,7 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
 def _mask(attention_mask=None, **given):
     """(B, 1, 1, L) boolean, True where a key is real; None without padding.  transformers' own is (B, 1, L, L).
 
-    Layers with a window (they alone give a local_size) keep transformers' own: a band is no mask of keys.
-    """
+    Layers with a window (they alone give a local_size) keep transformers' own: a band is no mask of keys."""
     if "local_size" in given:
         return sdpa_mask(attention_mask=attention_mask, **given)
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
@@ -157,61 +151,3 @@ def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
     model.eval().requires_grad_(False).to(device)
     check_trace(model)
     return model
-
-
-class Student(nn.Module):
-    """A small BERT, and the projection of its hidden states to the teacher's width where the widths differ.
-
-    One shared Linear for the embedding output and every layer, as the reference code has it.
-    """
-
-    def __init__(self, encoder: BertModel, teacher_width: int):
-        super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else None
-
-    def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
-        """The trace with hidden states of the teacher's width."""
-        traced = trace(self.encoder, ids, segments, real)
-        if self.projection is None:
-            return traced
-        return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
-
-
-def can_copy(shape: Shape, teacher) -> bool:
-    """Whether embeddings and layers of the teacher fit this student as they are."""
-    return (teacher.model_type == "bert" and shape.layers <= teacher.num_hidden_layers
-            and (shape.hidden, shape.intermediate, shape.heads)
-            == (teacher.hidden_size, teacher.intermediate_size, teacher.num_attention_heads))
-
-
-def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, *, init: str, seed: int,
-                  dropout: float = 0.0) -> Student:
-    """A new student over the teacher's vocabulary and positions.  `layers` is what objective.layer_map gives.
-
-    `init` is `random` or `teacher` (embeddings and the mapped layers copied).  Random weights are BERT's own
-    N(0, 0.02), drawn from (seed, name), so a student has the same ones alone and beside others.
-    """
-    t = teacher.config
-    config = BertConfig(
-        vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate, hidden_act=getattr(t, "hidden_act", "gelu"), hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout, max_position_embeddings=t.max_position_embeddings,
-        type_vocab_size=max(2, getattr(t, "type_vocab_size", 2)), layer_norm_eps=getattr(t, "layer_norm_eps", 1e-12),
-        pad_token_id=t.pad_token_id or 0)
-    config._attn_implementation = ATTENTION
-    draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw)
-        student = Student(BertModel(config, add_pooling_layer=False), t.hidden_size)
-        if student.projection is not None:
-            student.projection.apply(student.encoder._init_weights)
-    if init == "teacher":
-        copied = one_layer_each(layers, t.num_hidden_layers)
-        source = {key: value.float() for key, value in teacher.state_dict().items()}
-        wanted = student.encoder.state_dict()
-        for key in wanted:
-            match = re.match(r"encoder\.layer\.(\d+)\.(.*)", key)
-            wanted[key] = source[f"encoder.layer.{copied[int(match[1])] - 1}.{match[2]}" if match else key]
-        student.encoder.load_state_dict(wanted)
-    return student

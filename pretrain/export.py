@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import BertModel
 
 from pretrain.checkpoint import sync
-from pretrain.encoder import Student
+from pretrain.student import Student
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
     """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all.
 
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`.
-    """
+    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -25,7 +25,7 @@ def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer
     config = copy.deepcopy(student.encoder.config)
     config._attn_implementation = None  # the tracing attention is known to this project alone
     with torch.device("meta"):
-        model = type(student.encoder)(config, add_pooling_layer=False)
+        model = BertModel(config, add_pooling_layer=False)
     model.save_pretrained(part, state_dict=encoder)
     tokenizer.save_pretrained(part)
     if projection:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from pretrain.encoder import can_copy, check_tokenizer, model_config
+from pretrain.encoder import check_tokenizer, model_config
 from pretrain.engine import device_type, read_engine_file
-from pretrain.objective import layer_map, term_weights
+from pretrain.objective import OF_HEADS, layer_map, term_weights
 from pretrain.recipe import RECIPES, Recipe, Shape, override, parse_student
+from pretrain.student import can_copy, can_project
 from shards.block import Manifest, read_manifest, shard_path
 from shards.opener import local
 
@@ -26,7 +27,7 @@ class Plan:
     recipe: Recipe
     students: dict  # name -> Shape
     layers: dict  # name -> the teacher layer, or layers, of each student layer
-    inits: dict  # name -> teacher or random
+    inits: dict  # name -> teacher, projected or random
     weights: dict  # name -> each term's weight
     engine_file: Path
     engine: dict
@@ -56,7 +57,8 @@ def resolve(given: Namespace) -> Plan:
     inits, layers, weights = {}, {}, {}
     for name, shape in students.items():
         check_student(name, shape, config, recipe)
-        auto = "teacher" if can_copy(shape, config) else "random"
+        whole = can_copy(shape, config) and shape.layers == config.num_hidden_layers  # else layers must make up for others
+        auto = "teacher" if whole else "projected" if can_project(shape, config) else "random"
         inits[name] = auto if recipe.init == "auto" else recipe.init
         layers[name] = layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers)
         weights[name] = term_weights(layers[name], recipe.weights, recipe.layer_weights)
@@ -68,10 +70,13 @@ def resolve(given: Namespace) -> Plan:
 def check_student(name: str, shape: Shape, teacher, recipe: Recipe) -> None:
     """ValueError where attention cannot be compared with the teacher's, head by head or re-split, or layers not be copied."""
     if recipe.init == "teacher" and not can_copy(shape, teacher):
-        raise ValueError(f"student {name}: init=teacher needs a BERT teacher of the same widths; write init=random")
+        raise ValueError(f"student {name}: init=teacher needs a BERT teacher of the same widths; write init=auto")
+    if recipe.init == "projected" and not can_project(shape, teacher):
+        raise ValueError(f"student {name}: init=projected needs a BERT teacher that is at least as wide and has as many heads; "
+                         "write init=random")
     heads, common = teacher.num_attention_heads, recipe.relation_heads
-    if not common and shape.heads != heads and recipe.attention:
-        raise ValueError(f"student {name} has {shape.heads} heads, the teacher {heads}: attention scores are compared head by "
+    if not common and shape.heads != heads and recipe.weights.keys() & {*OF_HEADS}:
+        raise ValueError(f"student {name} has {shape.heads} heads, the teacher {heads}: attention is compared head by "
                          f"head; write --student {name}:heads={heads}, or relation_heads=R with R a divisor of both widths")
     if common and (shape.hidden % common or teacher.hidden_size % common):
         raise ValueError(f"relation_heads={common} does not divide both widths, {shape.hidden} of student {name} and "

@@ -22,8 +22,7 @@ class Ranks:
     def agree(self, error: Exception | None, flag: bool = False) -> bool:
         """Every rank calls it at the same point -> whether the flag is up on any.
 
-        Where one has an error all raise it as a ValueError, so that none is left waiting.
-        """
+        Where one has an error all raise it as a ValueError, so that none is left waiting."""
         raised = torch.tensor([error is not None, flag], dtype=torch.int32)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
         if raised[0]:

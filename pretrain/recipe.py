@@ -30,17 +30,24 @@ class Recipe:
     seed: int = 0  # of the order of rows, the masks' set and the students' first weights
     lanes: int | None = None  # bounds the ranks a run can use; None: the largest divisor of batch up to 64
     mask: str = "precomputed"  # the pass's mask set of the shards; dynamic: new masks in each pass; none
-    init: str = "auto"  # teacher: copied embeddings and layers; random; auto: teacher where it fits
+    init: str = "auto"  # teacher: its embeddings and layers copied; projected: fitted to them; random; auto: what fits best
     layer_map: str = "uniform"  # uniform, last, first, or groups such as 1:3-5,2:6-8: each student layer's teacher layers
     layer_weights: str = "equal"  # inverse: 1/(m+1); or numbers, the embeddings' first
+    normalize: str = "row"  # means over a row's real tokens; padded: over all positions of rows at full length (the reference)
     dropout: float = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch
     embedding: float = 1.0  # weight of the embedding term
     hidden: float = 1.0  # weight of each layer's hidden term
     attention: float = 1.0  # weight of each layer's attention-score term
-    relation_heads: int | None = None  # both models' heads joined and cut into so many, for the scores
+    cosine: float = 0.0  # weight of each layer's cosine of hidden states (DistilBERT)
+    qk: float = 0.0  # weight of each layer's attention distributions' KL (MiniLM)
+    qq: float = 0.0  # weight of each layer's relations of queries (MiniLMv2)
+    kk: float = 0.0  # weight of each layer's relations of keys (MiniLMv2)
+    vv: float = 0.0  # weight of each layer's relations of values (MiniLM, MiniLMv2)
+    relation_heads: int | None = None  # both models' heads joined and cut into so many, for scores and relations
     log_every: int = 10  # steps between two logged lines
     save_every: int = 500  # steps between two checkpoints; the last step always saves
     keep_every: int = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
+    gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: int = 500  # steps between two looks at the held-out rows; first and last step always
 
@@ -78,12 +85,13 @@ class Recipe:
     @property
     def weights(self) -> dict[str, float]:
         """Of the kinds of terms; one of weight 0 is not computed."""
-        return {kind: getattr(self, kind) for kind in ("embedding", "hidden", "attention") if getattr(self, kind)}
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
 
 
-CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "random"),
-           "layer_map": ("uniform", "last", "first")}
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic")  # may change between a run and its resume
+KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
+CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "projected", "random"),
+           "layer_map": ("uniform", "last", "first"), "normalize": ("row", "padded")}
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing")  # may differ
 
 # TinyBERT's own numbers, but for two of its traps: the reference clips each tensor by itself and its Adam
 # does not correct the bias.  lr: 5e-5 in the reference's defaults, 1e-4 in later published runs.

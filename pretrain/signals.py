@@ -1,7 +1,6 @@
 """A request to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone.
 
-The run ends the step, saves, and leaves with PREEMPTED, so that a requeued job goes on by itself.
-"""
+The run ends the step, saves, and leaves with PREEMPTED, so that a requeued job goes on by itself."""
 
 import os
 import signal
@@ -13,8 +12,7 @@ PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 class StopRequest:
     """Before `armed` there is nothing to save: a signal ends the process at once.  A second SIGINT always does.
 
-    A second SIGTERM does not: schedulers signal the whole process group, and launchers then pass on what they got.
-    """
+    A second SIGTERM does not: schedulers signal the whole process group, and launchers then pass on what they got."""
 
     def __init__(self):
         self.armed, self.reason = False, None

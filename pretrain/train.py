@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.encoder import build_student, check_trace, load_teacher, trace, windowed
+from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.export import export, recover
 from pretrain.monitor import Monitor, Window
@@ -25,11 +25,13 @@ from pretrain.objective import distil, weighted
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
+from pretrain.student import build_student
 from shards.block import read_shard
 from shards.dynamic import DynamicMasks
 from shards.stream import Batch, Stream, micro_rows
 
 HELD_OUT_ROWS = 256  # the first held-out rows, on which the objective is looked at
+PROJECTED_TOKENS = 2**14  # on which a student's first weights are fitted; the trace of BERT-base then takes 2.5 GB
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -55,7 +57,7 @@ class Run:
         plan, ranks, recipe, folder = self.plan, self.ranks, self.recipe, self.plan.options.shards
         mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
         self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
-                             rank=ranks.rank, world=ranks.world, mask=mask)
+                             rank=ranks.rank, world=ranks.world, mask=mask, padded=recipe.normalize == "padded")
         self.micro = micro_rows(len(self.stream.mine), self.most)
         self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
         self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
@@ -90,8 +92,9 @@ class Run:
         self.engines = []
         for name, shape in self.plan.students.items():
             layers, init = self.plan.layers[name], self.plan.inits[name]
-            student = build_student(name, shape, self.teacher, layers, init=init, seed=self.recipe.seed,
-                                    dropout=self.recipe.dropout)
+            fresh = "random" if source else init
+            rows = self.stream.some(PROJECTED_TOKENS // self.plan.manifest.row_length) if fresh == "projected" else None
+            student = build_student(name, shape, self.teacher, layers, fresh, self.recipe, rows and self._tensors(rows))
             parameters = sum(p.numel() for p in student.encoder.parameters())
             self.ranks.say(f"student {name}: {shape.layers} layers of {shape.hidden}, {parameters / 1e6:.1f} M parameters, "
                            f"init={init}, like teacher layers {layers}" + (", () without a layer loss" if () in layers else ""))
@@ -166,8 +169,7 @@ class Run:
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
         """The next step's rows, and whether any rank was asked to stop: one all-reduce a step, before anything is saved.
 
-        An update that went wrong on one rank, or a shard that one cannot read, ends the run on all ranks.
-        """
+        An update that went wrong on one rank, or a shard that one cannot read, ends the run on all ranks."""
         begin, error, batches = time.perf_counter(), self._trouble(), []
         try:
             batches = coming.result()
@@ -191,16 +193,19 @@ class Run:
                                   f"{self.saved}. A smaller lr= or clip=, or bf16, may help")
         return None
 
+    def _tensors(self, batch: Batch) -> list[Tensor]:
+        arrays = (batch.ids, batch.segments, batch.real)
+        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
+
     def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
         """One teacher pass, every student in turn: each one's loss terms by row."""
-        ids, segments, real = (torch.from_numpy(x).to(self.ranks.device, non_blocking=True)
-                               for x in (batch.ids, batch.segments, batch.real))
-        mask = None if batch.real.all() else real
+        ids, segments, real = self._tensors(batch)
+        mask, recipe = None if batch.real.all() else real, self.recipe
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], self.recipe.weights,
-                                 self.recipe.relation_heads)
+            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
+                                 relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
 
     def _update(self, batches: list[Batch], window: Window) -> None:
         self.row_numbers = np.concatenate([batch.numbers for batch in batches])

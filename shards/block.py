@@ -2,8 +2,7 @@
 
 A row is one NSP pair `[CLS] A [SEP] B [SEP]`, kept unmasked.  A block is up to BLOCK_ROWS rows; it is one WebDataset sample, so a
 shard is a plain tar of members `00000.ids.npy`, `00000.lengths.npy`, ...  Ragged arrays are stored flat beside their lengths.
-Letters: R rows, T tokens of all rows, M mask sets, P masked positions of all sets and rows.
-"""
+Letters: R rows, T tokens of all rows, M mask sets, P masked positions of all sets and rows."""
 
 import hashlib
 import io

@@ -5,8 +5,7 @@
 
 Documents are tokenized once into OUT/.store; every shard, a range of documents, is a pure function of (store, settings, number).
 Any number of processes of the same command share the work: each makes the next file that is not there and whose lock is free.
-The locks of one that dies are free at once, so another one, or the same command later, goes on, always to the same bytes.
-"""
+The locks of one that dies are free at once, so another one, or the same command later, goes on, always to the same bytes."""
 
 import argparse
 import fcntl

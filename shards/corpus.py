@@ -1,7 +1,6 @@
 """Text -> documents of sentences: what a text is taken for, what is undone, what is left out.
 
-Reading is cheap and yields Documents as they stand; Document.sentences() does the work, in the workers of a build.
-"""
+Reading is cheap and yields Documents as they stand; Document.sentences() does the work, in the workers of a build."""
 
 import re
 from collections import Counter

@@ -21,8 +21,7 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 class DynamicMasks:
     """Masks rows by the build's own rules, with what it left of its vocabulary; ValueError where it left none.
 
-    A row's chances are the SplitMix64 sequence from a hash of (seed, pass, number of the row) on, three for each position.
-    """
+    A row's chances are the SplitMix64 sequence from a hash of (seed, pass, number of the row) on, three for each position."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, seed: int):
         if not manifest.vocabulary:

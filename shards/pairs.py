@@ -2,8 +2,7 @@
 
 A segment is a slice of the store's flat ids, also after truncation: a row is four integers until its block is gathered.
 Unlike TinyBERT's pregeneration the target length is drawn for every row and second segments come from the whole corpus.
-Letters: R rows, T tokens, W words, P masked positions of all rows.
-"""
+Letters: R rows, T tokens, W words, P masked positions of all rows."""
 
 from bisect import bisect_left
 from collections import Counter
@@ -25,8 +24,7 @@ def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Gen
 
     `ends` are the token offsets of its n sentences, n + 1 of them; `capacity` is a row's length without special tokens.
     `second` is `any` (B follows A or is random), `next` (B follows A, or is empty where the chunk has one sentence) or
-    `none` (A is the chunk).  A row with a random B uses only A of its chunk: the next row starts with what is put back.
-    """
+    `none` (A is the chunk).  A row with a random B uses only A of its chunk: the next row starts with what is put back."""
     n = len(ends) - 1
     rows, draws, i = [], [], 0
     while i < n:
@@ -45,8 +43,7 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
                   rng: np.random.Generator) -> np.ndarray:
     """All rows of the documents first to last - 1, each as often as its copies.
 
-    Columns: document, first sentence, end of A, end of the chunk, target, is B random.
-    """
+    Columns: document, first sentence, end of A, end of the chunk, target, is B random."""
     second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"  # no other document to draw from
     table = []
     for document in range(first, last):
@@ -63,8 +60,7 @@ def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Gen
     """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table.
 
     B is empty in a row of one segment.  BERT drops one token at a time from the longer segment (B where equal), front or
-    back by a coin: here in one go.
-    """
+    back by a coin: here in one go."""
     document, i, a_last, j, target, is_random = table.T
     a_start, a_end, b_start, b_end = (store.sentences[index] for index in (i, a_last, a_last, j))
     a, where = a_end - a_start, np.flatnonzero(is_random)
@@ -81,8 +77,7 @@ def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Gen
 def _random_segments(store: Store, own: np.ndarray, room: np.ndarray, rng: np.random.Generator) -> tuple:
     """Token slices that start at a sentence drawn evenly from all copies of all documents but the `own` one of each.
 
-    They end with their document or at the first sentence end that fills `room` tokens, one sentence at least.
-    """
+    They end with their document or at the first sentence end that fills `room` tokens, one sentence at least."""
     own_places = store.places[own + 1] - store.places[own]
     drawn = (rng.random(len(own)) * (store.places[-1] - own_places)).astype(np.int64)
     drawn += np.where(drawn >= store.places[own], own_places, 0)
@@ -114,8 +109,7 @@ def _gathered(store: Store, spans: np.ndarray, vocabulary: Vocabulary) -> tuple[
 def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_word: bool) -> tuple:
     """(places in the flat ids, tokens, rows), W each, of what is masked together: words, or single tokens.
 
-    Special tokens are none; each row begins with one, so no word crosses two rows.
-    """
+    Special tokens are none; each row begins with one, so no word crosses two rows."""
     special = vocabulary.special[ids]
     edges = special | vocabulary.begins_word[ids] if whole_word else np.ones(len(ids), bool)
     edges[1:] |= special[:-1]
@@ -132,8 +126,7 @@ def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocab
     `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place.
     A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length (BERT's max_predictions: 20 of 128).
     Its words come in random order; one that would exceed the budget is skipped.  80 % become [MASK], 10 % stay, 10 % become
-    any id that may replace.
-    """
+    any id that may replace."""
     budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)
     taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))
     starts, sizes, rows = (column[taken] for column in found)

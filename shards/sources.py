@@ -7,8 +7,7 @@
     hf:NAME[:CONFIG]:COLUMN          a row is a document
 
 NAME is a repository of the Hugging Face hub, streamed and not downloaded whole ([@SPLIT][#REVISION] may follow), or a folder
-laid out like one.  =WEIGHT behind a source repeats or thins it.
-"""
+laid out like one.  =WEIGHT behind a source repeats or thins it."""
 
 import glob
 import hashlib
@@ -179,8 +178,3 @@ class Source:
                 yield document
         if document is None:
             raise ValueError(f"source {self.name}: no document in it; leave it out")
-
-
-def documents(source: str, sentences: str = "auto") -> Iterator[list[str]]:
-    """Documents as lists of sentences, in the order of the source; empty ones are left out."""
-    return filter(None, (document.sentences() for document in Source.opened(source, sentences).documents(Tally())))

@@ -1,8 +1,7 @@
 """The tokenized corpus on disk, from which rows are drawn.
 
 Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
-joined into flat files for training and for held-out documents, read through memory maps: memory does not grow with them.
-"""
+joined into flat files for training and for held-out documents, read through memory maps: memory does not grow with them."""
 
 import json
 import mmap

@@ -7,8 +7,7 @@ l*(T//lanes) + min(l, T%lanes) on.  Place k of a shard is entry k of its row per
 (seed, e, shard).  So each pass is every row exactly once, whatever the number and sizes of shards and lanes.
 A global batch is rows j to j+batch-1; its place c belongs to rank (c % lanes) % world.
 
-Letters: R rows, L positions.
-"""
+Letters: R rows, L positions."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,21 +27,12 @@ LENGTH, FIRST, NUMBER, EPOCH = range(4)  # columns of the facts of rows
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro batch, padded to the longest, rounded up to a multiple of 8."""
+    """Rows of one micro batch, padded to the longest, rounded up to a multiple of 8, or to the row length."""
 
     ids: np.ndarray  # (R, L) int64, masked if the stream masks
     segments: np.ndarray  # (R, L) int64: 0 in [CLS] A [SEP], 1 in B [SEP], 0 on padding
     real: np.ndarray  # (R, L) bool: True on tokens
     numbers: np.ndarray  # (R,) int64: the rows' numbers in the manifest's order of shards
-
-    @staticmethod
-    def cut(ids: np.ndarray, facts: np.ndarray, some: slice) -> "Batch":
-        """Some of the rows, as Stream keeps them: ids (R, row length) and facts (R, 4)."""
-        lengths, first, numbers = facts[some, :3].T
-        positions = np.arange(-(-lengths.max() // 8) * 8)
-        real = positions < lengths[:, None]
-        segments = (positions >= first[:, None]) & real
-        return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
 
 
 @lru_cache(maxsize=4)
@@ -63,17 +53,17 @@ class Stream:
     `read` opens and checks one shard (shards.block.read_shard with the folder bound); `mask` is precomputed, none, or
     the DynamicMasks to apply.  In memory are GATHERED rows and at most two decoded shards for each of the rank's lanes: the
     one it stands in and, from a quarter of a shard before its end, the next (more only where shards have fewer rows than a
-    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.
-    """
+    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.  `padded`: rows are as
+    long as the longest may be."""
 
     def __init__(self, manifest: Manifest, read: Callable[[Shard], Block], *, seed: int, batch: int, lanes: int,
-                 rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed"):
+                 rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed", padded: bool = False):
         if lanes % world:
             raise ValueError(f"lanes={lanes} do not divide over {world} ranks; start with a number of ranks that "
                              f"divides {lanes}, or write lanes=N with N a multiple of {world} that divides batch={batch}")
         if mask == "precomputed" and not manifest.mask_sets:
             raise ValueError("mask=precomputed, but the shards hold no mask sets; build them with --mask-sets 3, or mask=none")
-        self.manifest, self.read, self.mask = manifest, read, mask
+        self.manifest, self.read, self.mask, self.padded = manifest, read, mask, padded
         self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
         self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
         self.sizes = tuple(shard.rows for shard in manifest.shards)
@@ -102,8 +92,7 @@ class Stream:
     def batches(self, j: int, most: int) -> list[Batch]:
         """This rank's share of the global batch at row j, sorted by length, in micro batches of at most `most` rows.
 
-        ValueError where the share is larger than `most` and no multiple of it, and where a shard is not as it should be.
-        """
+        ValueError where the share is larger than `most` and no multiple of it, and where a shard is not as it should be."""
         share = len(self.mine)
         micro = micro_rows(share, most)
         if j not in self.span:
@@ -113,7 +102,15 @@ class Stream:
             self.rows = self._gathered(j, steps)
             self.span = range(j, j + steps * self.batch, self.batch)
         at = self.span.index(j) * share
-        return [Batch.cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+        return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+
+    def _cut(self, ids: np.ndarray, facts: np.ndarray, some: slice) -> Batch:
+        """Some of the rows that _joined gave."""
+        lengths, first, numbers = facts[some, :3].T
+        positions = np.arange(-(-(self.manifest.row_length if self.padded else lengths.max()) // 8) * 8)
+        real = positions < lengths[:, None]
+        segments = (positions >= first[:, None]) & real
+        return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
 
     def _gathered(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's rows of some batches, batch by batch, each sorted by length; opens what comes later."""
@@ -159,15 +156,24 @@ class Stream:
         return ids, facts
 
     def held_out(self, most: int, micro: int) -> list[Batch]:
-        """This rank's share of the first `most` held-out rows, masked as in pass 0; numbered on behind the training rows."""
-        shards = self.manifest.held_out
+        """This rank's share of the first `most` held-out rows; numbered on behind the training rows."""
+        most = min(most, sum(shard.rows for shard in self.manifest.held_out))
+        return self._picked(self.manifest.held_out, np.arange(self.rank, most, self.world), self.manifest.rows, micro)
+
+    def some(self, most: int) -> Batch:
+        """Up to `most` rows of the first training shard, from end to end of it; the same ones on all ranks."""
+        shard = self.manifest.shards[0]
+        rows = np.linspace(0, shard.rows - 1, min(most, shard.rows)).astype(int)
+        return self._picked((shard,), rows, 0, most)[0]
+
+    def _picked(self, shards: tuple[Shard, ...], rows: np.ndarray, first: int, micro: int) -> list[Batch]:
+        """Rows of shards laid end to end, masked as in pass 0; `first` is the number of the first one's first row."""
         begins = np.cumsum([0, *(shard.rows for shard in shards)])
-        rows = np.arange(self.rank, min(most, begins[-1]), self.world)
         keys = np.searchsorted(begins, rows, side="right") - 1
-        decoded = {n: self.readers.submit(self._decode, shards[n], np.arange(shards[n].rows), 0, self.manifest.rows + begins[n])
+        decoded = {n: self.readers.submit(self._decode, shards[n], np.arange(shards[n].rows), 0, first + begins[n])
                    for n in np.unique(keys).tolist()}
         joined = self._joined(decoded, keys, rows - begins[keys], np.zeros_like(rows)) if decoded else ()
-        return [Batch.cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
+        return [self._cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
 
 
 def micro_rows(share: int, most: int) -> int:

@@ -1,6 +1,7 @@
 """What the tests share: a BERT-like tokenizer and a small corpus, both made here, in a second."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,14 @@ def generated_documents(count: int = 60, seed: int = 0) -> list[list[str]]:
         return f"{' '.join(chosen)} .".capitalize()
 
     return [[sentence() for _ in range(rng.integers(1, 31))] for _ in range(count)]
+
+
+def documents(source: str, sentences: str = "auto") -> Iterator[list[str]]:
+    """Documents of a source as lists of sentences, in its order; empty ones are left out."""
+    from shards.corpus import Tally
+    from shards.sources import Source
+
+    return filter(None, (document.sentences() for document in Source.opened(source, sentences).documents(Tally())))
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from shards import corpus
 from shards.corpus import Form, Tally, documents_in, untokenized
-from shards.sources import Source, documents
-from tests.conftest import generated_documents
+from shards.sources import Source
+from tests.conftest import documents, generated_documents
 
 WIKITEXT = """
  = Red Fox =

@@ -5,17 +5,18 @@ import shutil
 import pytest
 from runs import SETTINGS, SMALL, assert_same_run, launch, learned, metrics
 
-ALL = ["layer_weights=inverse", "relation_heads=6", "layer_map=2:3-4", "lanes=4"]
+ALL = ["layer_weights=inverse", "relation_heads=6", "layer_map=2:3-4", "lanes=4", "cosine=0.5", "qk=1", "vv=1",
+       "normalize=padded", "mask=dynamic", "gradient_checkpointing=true",
+       "init=projected"]
 
 
-def test_every_setting_on_one_rank_and_two_and_over_a_resume(shards_folder, teacher_folder, tmp_path):
-    command = ["--shards", shards_folder, "--teacher", teacher_folder, "--student", SMALL, "--teacher-dtype", "fp32", *SETTINGS,
-               *ALL]
+def test_every_setting_on_one_rank_and_two_and_over_a_resume(inputs, tmp_path):
+    command = [*inputs, "--student", SMALL, *SETTINGS, *ALL]
     said = launch(*command, "--out", tmp_path / "one")
-    assert "init=random, like teacher layers [(), (3, 4)], () without a layer loss" in said
+    assert "init=projected, like teacher layers [(), (3, 4)], () without a layer loss" in said
     launch(*command, "--out", tmp_path / "two", ranks=2, form="deepspeed")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert {"embedding", "hidden/2", "attention/2"} <= set(one[6])
+    assert {"embedding", "hidden/2", "attention/2", "cosine/2", "qk/2", "vv/2"} <= set(one[6])
     assert "hidden/1" not in one[6]
     for step in one:
         for name, value in learned(one[step]).items():  # only the order of float32 sums differs; it grows over six updates
@@ -29,6 +30,9 @@ def test_every_setting_on_one_rank_and_two_and_over_a_resume(shards_folder, teac
 
 @pytest.mark.parametrize("settings, says", [
     (["relation_heads=5"], "relation_heads=5 does not divide both widths, 12 of student .* and 24 of the teacher; .* such as 12"),
+    (["steps=a"], "steps: cannot read 'a' as int"),
+    (["init=teacher"], "init=teacher needs a BERT teacher of the same widths; write init=auto"),
+    (["normalize=rows"], "normalize='rows'; did you mean 'row'"),
     (["embedding=0", "hidden=0", "attention=0"], "every term's weight is 0"),
     (["layer_weights=1,2"], "layer_weights='1,2': there are equal, inverse, and 3 numbers"),
     (["layer_map=1:9"], r"layer_map='1:9': cannot use '1:9'; write each student layer \(1 to 2\)")], ids=str)

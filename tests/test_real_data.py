@@ -7,7 +7,8 @@ import pytest
 
 from finetune.data import read_tsv
 from shards.corpus import Tally
-from shards.sources import Source, documents
+from shards.sources import Source
+from tests.conftest import documents
 
 DATA = Path(os.environ.get("DISTILL_DATA", "/nonexistent"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="DISTILL_DATA names no folder with the real files")

@@ -12,8 +12,8 @@ from pyarrow import parquet
 
 from shards import corpus, sources
 from shards.corpus import SAMPLED, Tally, documents_in
-from shards.sources import Source, documents
-from tests.conftest import generated_documents
+from shards.sources import Source
+from tests.conftest import documents, generated_documents
 
 WRITTEN = generated_documents(12)
 ROWS = ["\n".join(document) for document in WRITTEN]

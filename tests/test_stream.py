@@ -270,3 +270,38 @@ def test_held_out_rows_are_counted_once_over_the_ranks(world):
 def test_what_does_not_divide_is_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_rows_may_be_padded_to_the_row_length(shards_folder):
+    from functools import partial
+
+    from shards.block import read_manifest, read_shard
+
+    listed = read_manifest(shards_folder)
+    short, full = (Stream(listed, partial(read_shard, shards_folder), seed=3, batch=20, lanes=4, padded=padded)
+                   for padded in (False, True))
+    for batches in zip((b for j in range(0, 200, 20) for b in short.batches(j, 1)),
+                       (b for j in range(0, 200, 20) for b in full.batches(j, 1)), strict=True):
+        one, other = batches
+        width = one.ids.shape[1]
+        assert other.ids.shape[1] == listed.row_length == 48
+        assert np.array_equal(one.ids, other.ids[:, :width]) and np.array_equal(one.real, other.real[:, :width])
+        assert not other.real[:, width:].any() and (other.ids[:, width:] == listed.tokenizer["pad"]).all()
+
+
+def test_some_rows_of_a_shard_are_the_same_for_any_ranks(shards_folder):
+    from functools import partial
+
+    from shards.block import read_manifest, read_shard
+
+    listed = read_manifest(shards_folder)
+    shard, last = listed.shards[0], listed.shards[0].rows - 1
+    got = [Stream(listed, partial(read_shard, shards_folder), seed=3, batch=20, lanes=4, rank=rank, world=world,
+                  mask="none").some(3) for rank, world in ((0, 1), (1, 2))]
+    block = read_shard(shards_folder, shard)
+    ends = np.cumsum(block.lengths, dtype=int)
+    for batch in got:
+        assert sorted(batch.numbers.tolist()) == [0, last // 2, last]
+        for row, number in enumerate(batch.numbers):
+            own = block.ids[ends[number] - block.lengths[number]:ends[number]]
+            assert np.array_equal(batch.ids[row, batch.real[row]], own)
