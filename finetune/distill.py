@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, Student, longest_row, model_config, trace
+from pretrain.encoder import ATTENTION, longest_row, model_config, trace
 from pretrain.objective import distil, weighted
 from pretrain.plan import fastest_dtype
+from pretrain.student import Student
 from shards.tokenizer import auto_tokenizer, fingerprint, plain
 
 UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
@@ -68,7 +69,7 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
     found = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(model.base_model, teacher_width).to(model.device).eval()
+        student = Student(model.base_model, teacher_width, "each" if "0.weight" in found else "auto").to(model.device).eval()
     if student.projection is not None:
         wanted = student.projection.state_dict()
         if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:

@@ -1,4 +1,4 @@
-"""Teacher and students from transformers, and the trace each one hands out.
+"""Encoders from transformers, the trace each one hands out, and the teacher.
 
 No hooks and no copied BERT: an attention function registered with transformers runs SDPA and returns the
 projected queries and keys in the place of the attention weights, and `output_attentions=True` collects them.
@@ -7,11 +7,8 @@ Letters: B rows, L positions, D features, H heads, d features of a head.
 """
 
 import copy
-import hashlib
-import re
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,22 +17,23 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, BertConfig, BertModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
 
-from pretrain.objective import Trace, one_layer_each
-from pretrain.recipe import Shape
+from pretrain.objective import Trace
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
 TEACHERS = ("bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert")
 POOLED = ("bert", "roberta", "xlm-roberta", "albert")  # these would make a pooler, which nothing here reads
+BETWEEN = ("intermediate", "output", "ffn", "mlp")  # modules of a layer with no attention in them
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 
 def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **_):
-    """SDPA that gives (output (B, L, H, d), [query, key]); a fallback that would build L x L is an error on CUDA."""
-    traced, width = [query, key], query.shape[-1]
+    """SDPA that gives (output (B, L, H, d), [query, key, value]); a fallback that would build L x L is an error on CUDA."""
+    traced, width = [query, key, value], query.shape[-1]
     scaling = width**-0.5 if scaling is None else scaling
     if query.is_cuda and width % 8:
         # Fused kernels want head widths divisible by 8 in 16 bit (tiny4 has 26); zeros change neither scores nor values.
@@ -64,8 +62,26 @@ def windowed(config) -> list[int]:
     return [n for n, kind in enumerate(getattr(config, "layer_types", None) or (), 1) if kind == "sliding_attention"]
 
 
-def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
-    """Run an encoder on ids (B, L) with segments (B, L); `real` (B, L) is True on tokens, None without padding."""
+class _Given(nn.Module):
+    """Stands where a masked LM has its encoder: what it is given is what the head gets."""
+
+    def forward(self, *_, inputs_embeds=None, **__):
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
+def with_head(masked_lm: nn.Module) -> nn.Module:
+    """The encoder of a masked LM, with the rest, whatever its class calls that, as its `head`: (1, P, D) -> logits (1, P, V)."""
+    encoder = masked_lm.base_model
+    setattr(masked_lm, masked_lm.base_model_prefix, _Given())
+    encoder.head = masked_lm
+    return encoder
+
+
+def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None, masked_BL: Tensor | None = None) -> Trace:
+    """Run an encoder on ids (B, L) with segments (B, L); `real` (B, L) is True on tokens, None without padding.
+
+    With `masked_BL` its head says which words stand there.
+    """
     extra = {"token_type_ids": segments} if getattr(model.config, "type_vocab_size", 0) >= 2 else {}
     out = model(input_ids=ids, attention_mask=real, output_hidden_states=True, output_attentions=True, **extra)
     parts = [part for part in out.attentions or () if isinstance(part, list)]  # a tensor: attention weights
@@ -73,7 +89,15 @@ def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None) 
     if len(parts) != layers or len(out.hidden_states) != layers + 1:
         raise ValueError(f"{type(model).__name__}: gave {len(parts)} attention traces and {len(out.hidden_states)} hidden states "
                          f"for {layers} layers; its attention cannot be traced. There are {', '.join(TEACHERS)}")
-    return Trace(tuple(out.hidden_states), *zip(*parts, strict=True))
+    logits = None if masked_BL is None else model.head(inputs_embeds=out.last_hidden_state[masked_BL][None]).logits[0]
+    return Trace(tuple(out.hidden_states), *zip(*parts, strict=True), logits)
+
+
+def compile_between(model: nn.Module) -> None:
+    """torch.compile for the parts of each layer beside attention, in place: bias, activation, sum and LayerNorm in one pass."""
+    for name, module in model.named_modules():
+        if name.endswith(BETWEEN):
+            module.compile(dynamic=True)  # rows of any length
 
 
 @torch.no_grad()
@@ -139,79 +163,23 @@ def check_tokenizer(name: str, config, manifest):
     return tokenizer
 
 
-def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A pre-trained encoder in eval mode, without gradients."""
+def load_teacher(name: str, dtype: torch.dtype, device: torch.device, head: bool = False) -> nn.Module:
+    """A pre-trained encoder in eval mode, without gradients; with its masked-LM `head` where that is asked for."""
     config = copy.deepcopy(model_config(name))  # the attention's name is kept on the config: never share one
     if config.model_type not in TEACHERS:
         raise ValueError(f"teacher {name!r}: is a {config.model_type} model; its attention cannot be traced here (there are "
                          f"{', '.join(TEACHERS)})")
-    pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
+    pooler = {"add_pooling_layer": False} if config.model_type in POOLED and not head else {}
     try:  # from .safetensors, or from .bin through torch's weights_only loading
-        model, found = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
-                                                 attn_implementation=ATTENTION, **pooler)
+        model, found = (AutoModelForMaskedLM if head else AutoModel).from_pretrained(
+            name, config=config, dtype=dtype, output_loading_info=True, attn_implementation=ATTENTION, **pooler)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"teacher {name!r}: its weights do not open ({_first_line(error)})") from error
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for, such as "
-                         f"{missing[0]}; take the config and the weights of one model")
+        raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for"
+                         + " with a masked-LM head" * head + f", such as {missing[0]}; take the config and the weights of one "
+                         "model" + ", or write soft_mlm=0" * head)
+    model = with_head(model) if head else model
     model.eval().requires_grad_(False).to(device)
     check_trace(model)
     return model
-
-
-class Student(nn.Module):
-    """A small BERT, and the projection of its hidden states to the teacher's width where the widths differ.
-
-    One shared Linear for the embedding output and every layer, as the reference code has it.
-    """
-
-    def __init__(self, encoder: BertModel, teacher_width: int):
-        super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else None
-
-    def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
-        """The trace with hidden states of the teacher's width."""
-        traced = trace(self.encoder, ids, segments, real)
-        if self.projection is None:
-            return traced
-        return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
-
-
-def can_copy(shape: Shape, teacher) -> bool:
-    """Whether embeddings and layers of the teacher fit this student as they are."""
-    return (teacher.model_type == "bert" and shape.layers <= teacher.num_hidden_layers
-            and (shape.hidden, shape.intermediate, shape.heads)
-            == (teacher.hidden_size, teacher.intermediate_size, teacher.num_attention_heads))
-
-
-def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, *, init: str, seed: int,
-                  dropout: float = 0.0) -> Student:
-    """A new student over the teacher's vocabulary and positions.  `layers` is what objective.layer_map gives.
-
-    `init` is `random` or `teacher` (embeddings and the mapped layers copied).  Random weights are BERT's own
-    N(0, 0.02), drawn from (seed, name), so a student has the same ones alone and beside others.
-    """
-    t = teacher.config
-    config = BertConfig(
-        vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate, hidden_act=getattr(t, "hidden_act", "gelu"), hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout, max_position_embeddings=t.max_position_embeddings,
-        type_vocab_size=max(2, getattr(t, "type_vocab_size", 2)), layer_norm_eps=getattr(t, "layer_norm_eps", 1e-12),
-        pad_token_id=t.pad_token_id or 0)
-    config._attn_implementation = ATTENTION
-    draw = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big") >> 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(draw)
-        student = Student(BertModel(config, add_pooling_layer=False), t.hidden_size)
-        if student.projection is not None:
-            student.projection.apply(student.encoder._init_weights)
-    if init == "teacher":
-        copied = one_layer_each(layers, t.num_hidden_layers)
-        source = {key: value.float() for key, value in teacher.state_dict().items()}
-        wanted = student.encoder.state_dict()
-        for key in wanted:
-            match = re.match(r"encoder\.layer\.(\d+)\.(.*)", key)
-            wanted[key] = source[f"encoder.layer.{copied[int(match[1])] - 1}.{match[2]}" if match else key]
-        student.encoder.load_state_dict(wanted)
-    return student

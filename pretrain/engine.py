@@ -26,11 +26,12 @@ OWNED = {  # keys of a DeepSpeed file that another place owns here, and where to
     "gradient_clipping": "the recipe (clip=)", "train_batch_size": "the recipe (batch=)",
     "gradient_accumulation_steps": "nowhere: it is derived from batch, ranks and train_micro_batch_size_per_gpu",
     **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"),
-                    "nowhere: a run always writes OUT/tensorboard and OUT/metrics.jsonl")}
+                    "nowhere: a run always writes OUT/tensorboard and OUT/metrics.jsonl"),
+    "zero_force_ds_cpu_optimizer": "nowhere: the optimizer follows from the device"}
 # DeepSpeed reads unknown keys of the top level without a word, so the ones that mean something here are listed.
 KNOWN = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type",
          "prescale_gradients", "gradient_predivide_factor", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
-         "dump_state", "flops_profiler", "aio", "compile", "zero_force_ds_cpu_optimizer", "disable_python_gc", "log_level")
+         "dump_state", "flops_profiler", "aio", "compile", "disable_python_gc", "log_level")
 
 
 def read_engine_file(path: Path, device_type: str) -> dict:
@@ -73,8 +74,8 @@ def _check(config: dict, device_type: str) -> None:
     micro = config.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or micro < 1:
         raise ValueError("needs train_micro_batch_size_per_gpu, the most rows held at once, 1 or more")
-    if device_type == "cpu" and (precision(config) == "fp16" or offloads(config)):
-        raise ValueError("fp16 and offload need a GPU, and there is none here; use ds_configs/cpu.json")
+    if device_type == "cpu" and precision(config) == "fp16":
+        raise ValueError("fp16 needs a GPU, and there is none here; use ds_configs/cpu.json")
 
 
 def precision(config: dict) -> str:
@@ -131,26 +132,28 @@ class Engine:
         self.name, self.recipe, self.ranks = name, recipe, ranks
         groups = [{"params": [p for n, p in student.named_parameters() if decays(n) == yes],
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
-        adam = torch.optim.AdamW
-        if offloads(config):
+        adam, on_cpu = torch.optim.AdamW, ranks.device.type == "cpu"
+        if offloads(config) and not on_cpu:  # on a CPU torch's own is there: DeepSpeed would have to compile its
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
         optimizer = adam(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)
         whole = {**config, "train_batch_size": recipe.batch, "train_micro_batch_size_per_gpu": micro,
-                 "gradient_clipping": recipe.clip, "steps_per_print": 2**31, "checkpoint": {"load_universal": universal}}
+                 "gradient_clipping": recipe.clip, "steps_per_print": 2**31, "checkpoint": {"load_universal": universal},
+                 "zero_force_ds_cpu_optimizer": not on_cpu}
         self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=whole)
         self.deepspeed.checkpoint_engine.save = self._write
         self.module = self.deepspeed.module
         self.deepspeed._copy_recovery_script = lambda folder: None  # a write that `_write` does not see; exports hold fp32
         drawn = hashlib.sha256(f"{recipe.seed} dropout {name} {ranks.rank} {drawn_at}".encode()).digest()
         self.random = torch.Generator(ranks.device).manual_seed(int.from_bytes(drawn[:7], "big")).get_state()
+        self.running: Tensor | None = None  # the terms' means, where the objective wants them
         self.allowed = 20 if precision(config) == "fp16" else 0  # fp16's loss scale is found by skipping steps
         self.skipped = self.skipped_in_a_row = 0
 
-    def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
+    def __call__(self, *batch: Tensor | None):
         """The student's trace of one micro batch."""
         device = torch.cuda if self.ranks.device.type == "cuda" else torch
         device.set_rng_state(self.random)
-        traced = self.deepspeed(ids, segments, real)
+        traced = self.deepspeed(*batch)
         self.random = device.get_rng_state()
         return traced
 
@@ -184,7 +187,7 @@ class Engine:
     def save(self, folder: Path) -> OSError | None:
         """Weights, optimizer and every rank's random state into folder/NAME -> what went wrong with this rank's files."""
         self.unwritten = None
-        state = {"distil": {"random": self.ranks.gathered(self.random)},
+        state = {"distil": {"random": self.ranks.gathered(self.random), "running": self.running},
                  "universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # what the converter asks for
         self.deepspeed.save_checkpoint(str(folder), tag=self.name, client_state=state, save_latest=False)
         return self.unwritten
@@ -200,6 +203,7 @@ class Engine:
         """Weights and optimizer from folder/NAME, and this rank's random state where the ranks are the same."""
         _, state = self.deepspeed.load_checkpoint(str(folder), tag=self.name)
         self.skipped = self.deepspeed.skipped_steps
+        self.running = state["distil"]["running"]
         if random:
             self.random = state["distil"]["random"][self.ranks.rank]
 

@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import BertForMaskedLM, BertModel
 
 from pretrain.checkpoint import sync
-from pretrain.encoder import Student
+from pretrain.student import Student
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
-    """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all.
+    """Write model (with a masked-LM head where it has learned one), tokenizer and, where there is one, projection, whole or not.
 
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`.
+    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width) and `bias`,
+    or those of each layer as `0.weight` and on.
     """
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -25,7 +27,9 @@ def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer
     config = copy.deepcopy(student.encoder.config)
     config._attn_implementation = None  # the tracing attention is known to this project alone
     with torch.device("meta"):
-        model = type(student.encoder)(config, add_pooling_layer=False)
+        model = BertForMaskedLM(config) if hasattr(student.encoder, "head") else BertModel(config, add_pooling_layer=False)
+    if hasattr(student.encoder, "head"):
+        encoder = {name.removeprefix("head.") if name.startswith("head.") else f"bert.{name}": x for name, x in encoder.items()}
     model.save_pretrained(part, state_dict=encoder)
     tokenizer.save_pretrained(part)
     if projection:

@@ -15,8 +15,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Distil a small BERT from a big one: embeddings, hidden states and attention scores.",
         epilog="key=value settings: " + ", ".join(Recipe.__dataclass_fields__) + " (see pretrain/recipe.py)")
-    parser.add_argument("--shards", default="data/shards", help="what python -m shards.build wrote: a folder, "
-                        "http(s)://HOST/FOLDER, or 'pipe:COMMAND {}' with {} for the name of a file")
+    parser.add_argument("--shards", action="append", help="what python -m shards.build wrote: a folder, http(s)://HOST/FOLDER, "
+                        "or 'pipe:COMMAND {}' with {} for the name of a file; several are trained on one after the other, each "
+                        "for its number of steps=A,B; default: data/shards")
     parser.add_argument("--teacher", default="bert-base-uncased", help="model folder or hub name")
     parser.add_argument("--student", action="append", help=f"{', '.join(SHAPES)}, or NAME:layers=3,hidden=288; may be "
                         "given several times (one teacher pass for all); default: tiny4")
@@ -29,7 +30,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; LOCAL_RANK is what is read
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over the recipe's")
     parser.error = _refuse  # one line on one rank, as for every other error
-    return parser.parse_intermixed_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    given.shards = given.shards or ["data/shards"]
+    return given
 
 
 def _refuse(text: str) -> None:

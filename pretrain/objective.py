@@ -6,9 +6,11 @@ softmax.  The scores are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 
 where the Gram matrices are 2d square: exact, linear in L.  A row's loss is a mean over its own real tokens (or pairs of
-them), so it depends on no padding, no micro batch and no rank.
+them), so it depends on no padding, no micro batch and no rank.  Other terms, off by default: cosine of hidden states,
+MiniLM's relations, masked-LM cross-entropy and soft masked-LM targets.
 
-Letters: B rows, L positions, D features, H heads, d features of a head.  s_ is the student's, t_ the teacher's.
+Letters: B rows, L positions, D features, H heads, d features of a head, P masked positions of all rows, V vocabulary.  s_ is
+the student's, t_ the teacher's.
 """
 
 import re
@@ -16,9 +18,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-TERMS = ("embedding", "hidden", "attention")
+TERMS = ("embedding", "hidden", "attention")  # TinyBERT's
+RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) * 2, "vv": ("values",) * 2}  # MiniLM's
+OF_HEADS = ("attention", *RELATIONS)
+OF_WORDS = ("mlm", "soft_mlm")  # these stand at no layer
+TILE = 64  # queries whose relations are computed at once
 
 
 @dataclass(frozen=True)
@@ -28,30 +36,70 @@ class Trace:
     hidden: tuple[Tensor, ...]  # layers + 1 of (B, L, D)
     queries: tuple[Tensor, ...]  # layers of (B, H, L, d), projected, not scaled
     keys: tuple[Tensor, ...]  # layers of (B, H, L, d)
+    values: tuple[Tensor, ...]  # layers of (B, H, L, d)
+    logits: Tensor | None = None  # (P, V) of the masked-LM head, where it is asked
 
 
-def hidden_mse(s_BLD: Tensor, t_BLD: Tensor, real_BL: Tensor) -> Tensor:
-    """Mean squared difference over a row's real tokens and features (eq. 8 and 9) -> (B,) float32."""
-    return ((s_BLD.float() - t_BLD.float()).square().mean(-1) * real_BL).sum(-1) / real_BL.sum(-1)
+def hidden_mse(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
+    """Mean squared difference over a row's counted tokens and features (eq. 8 and 9) -> (B,) float32."""
+    return ((s_BLD.float() - t_BLD.float()).square().mean(-1) * counted_BL).sum(-1) / counted_BL.sum(-1)
 
 
-def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor) -> Tensor:
+def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
+    """1 - cosine of a token's two states, a mean over a row's counted tokens (DistilBERT, arXiv 1910.01108) -> (B,) float32."""
+    return ((1 - F.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
+
+
+def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor | None = None) -> Tensor:
     """Mean squared difference of scaled scores QK^T/sqrt(d) over heads and a row's real pairs (eq. 7) -> (B,) float32.
 
-    Queries and keys are (B, H, L, d), not scaled; the two models have as many heads, of any two widths.
+    Queries and keys are (B, H, L, d), not scaled; the two models have as many heads, of any two widths.  `counted_BL`: the
+    queries that count, where they are not the real tokens; what is no key adds nothing to the sum, but to its mean.
     """
-    if sq.shape[1] != tq.shape[1]:
-        raise ValueError(f"the student has {sq.shape[1]} heads, the teacher {tq.shape[1]}: scores cannot be compared head by "
-                         "head; write relation_heads=R with R a divisor of both widths")
-    mask = real_BL[:, None, :, None].float()
-    sq, sk, tq, tk = (x.float() * mask for x in (sq, sk, tq, tk))
+    counted_BL = real_BL if counted_BL is None else counted_BL
+    queries, keys = (mask_BL[:, None, :, None].float() for mask_BL in (counted_BL, real_BL))
+    sq, sk, tq, tk = sq.float() * queries, sk.float() * keys, tq.float() * queries, tk.float() * keys
     s_width, t_width = sq.shape[-1], tq.shape[-1]
     if s_width == t_width:  # the form on differences: exact zero for equal models, six digits near them
         q, k, scale = torch.cat([sq - tq, tq], -1), torch.cat([sk, sk - tk], -1), 1 / s_width
     else:  # a difference of large sums: float32 error about 1e-7 (|S_s|^2 + |S_t|^2)
         q, k, scale = torch.cat([sq * s_width**-0.5, tq * -(t_width**-0.5)], -1), torch.cat([sk, tk], -1), 1.0
     total_BH = scale * ((q.mT @ q) * (k.mT @ k)).sum((-1, -2))
-    return total_BH.mean(-1) / real_BL.sum(-1).float() ** 2
+    return total_BH.mean(-1) / counted_BL.sum(-1).float() ** 2
+
+
+def _tile_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
+    """KL(teacher || student) of softmax(A B^T / sqrt(d)) over a row's real keys, its sum over heads and some queries -> (B,)."""
+    scores = (a.float() @ b.float().mT * a.shape[-1]**-0.5 for a, b in ((sa, sb), (ta, tb)))
+    s_BHLL, t_BHLL = (x.masked_fill(~real_BL[:, None, None, :], -1e9).log_softmax(-1) for x in scores)  # finite: 0 * -1e9 is 0
+    return (F.kl_div(s_BHLL, t_BHLL, reduction="none", log_target=True).sum((1, 3)) * counted_BL).sum(-1)
+
+
+def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
+    """MiniLM's loss between relations A B^T (arXiv 2002.10957, 2012.15828), a mean over heads and counted queries -> (B,).
+
+    In tiles of queries that the backward pass computes again: memory is linear in L.
+    """
+    tiles = [slice(at, at + TILE) for at in range(0, sa.shape[2], TILE)]
+    total = sum(checkpoint(_tile_kl, sa[:, :, some], sb, ta[:, :, some], tb, real_BL, counted_BL[:, some], use_reentrant=False)
+                for some in tiles)
+    return total / counted_BL.sum(-1) / sa.shape[1]
+
+
+def word_loss(kind: str, s_PV: Tensor, t_PV: Tensor | None, labels_BL: Tensor, temperature: float) -> Tensor:
+    """Of the words at the masked positions, where labels are not negative, a mean over each row's; 0 in a row of none -> (B,).
+
+    `mlm`: cross-entropy against the labels.  `soft_mlm`: KL(teacher || student) at a temperature T, times T^2, which keeps the
+    size of its gradient (DistilBERT).
+    """
+    masked_BL = labels_BL >= 0
+    if kind == "mlm":
+        loss_P = F.cross_entropy(s_PV.float(), labels_BL[masked_BL], reduction="none")
+    else:
+        s_PV, t_PV = (F.log_softmax(x.float() / temperature, -1) for x in (s_PV, t_PV))
+        loss_P = F.kl_div(s_PV, t_PV, reduction="none", log_target=True).sum(-1) * temperature**2
+    loss_BL = torch.zeros(masked_BL.shape, device=loss_P.device).masked_scatter(masked_BL, loss_P)
+    return loss_BL.sum(-1) / masked_BL.sum(-1).clamp(min=1)
 
 
 def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
@@ -92,49 +140,75 @@ def one_layer_each(layers: list, teacher_layers: int) -> list[int]:
 
 
 def term_names(layers: list, kinds: Iterable[str]) -> list[str]:
-    """The terms that `distil` gives, in its order: `embedding`, `hidden/1`, ..., `attention/1`, ..."""
+    """The terms that `distil` gives, in its order: `embedding`, `hidden/1`, ..., `attention/1`, ..., `mlm`."""
     each = [m for m, layer in enumerate(layers, start=1) if _group(layer)]
-    return [name for kind in kinds for name in (["embedding"] if kind == "embedding" else [f"{kind}/{m}" for m in each])]
+    return [name for kind in kinds
+            for name in ([kind] if kind in ("embedding", *OF_WORDS) else [f"{kind}/{m}" for m in each])]
 
 
-def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds: Iterable[str] = TERMS,
-           relation_heads: int | None = None) -> dict[str, Tensor]:
+def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds: Iterable[str] = TERMS, *,
+           relation_heads: int | None = None, padded: bool = False, temperature: float = 2.0,
+           labels_BL: Tensor | None = None) -> dict[str, Tensor]:
     """Every term of the loss for each row -> (B,) float32, by the names of `term_names`.
 
     `real_BL` is True on tokens; student's hidden states have the teacher's width (projected where they must be).
-    With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv 2012.15828).
+    With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv 2012.15828).  `padded`: means
+    over all positions of the rows as they are padded, as TinyBERT's code takes them.
     """
-    def scored(x: Trace, layer: int) -> list[Tensor]:
-        return [part.transpose(1, 2).flatten(2).unflatten(-1, (relation_heads or part.shape[1], -1)).transpose(1, 2)
-                for part in (x.queries[layer - 1], x.keys[layer - 1])]
+    counted_BL = torch.ones_like(real_BL) if padded else real_BL
+
+    def heads(x: Trace, layer: int, part: str) -> Tensor:
+        of_all = getattr(x, part)[layer - 1]
+        return of_all.transpose(1, 2).flatten(2).unflatten(-1, (relation_heads or of_all.shape[1], -1)).transpose(1, 2)
+
+    def pair(kind: str, m: int, n: int) -> Tensor:
+        if kind not in OF_HEADS:
+            return (hidden_cosine if kind == "cosine" else hidden_mse)(student.hidden[m], teacher.hidden[n], counted_BL)
+        names = RELATIONS.get(kind, RELATIONS["qk"])
+        parts = [heads(x, layer, part) for x, layer in ((student, m), (teacher, n)) for part in names]
+        if parts[0].shape[1] != parts[2].shape[1]:
+            raise ValueError(f"the student has {parts[0].shape[1]} heads, the teacher {parts[2].shape[1]}: they cannot be "
+                             "compared head by head; write relation_heads=R with R a divisor of both widths")
+        return (score_mse if kind == "attention" else relation_kl)(*parts, real_BL, counted_BL)
 
     def term(name: str) -> Tensor:
-        m = int(name.partition("/")[2] or 0)
-        group = _group(layers[m - 1]) if m else (0,)
-        return sum(score_mse(*scored(student, m), *scored(teacher, n), real_BL) if name.startswith("attention") else
-                   hidden_mse(student.hidden[m], teacher.hidden[n], real_BL) for n in group) / len(group)
+        kind, _, m = name.partition("/")
+        if kind in OF_WORDS:
+            return word_loss(kind, student.logits, teacher.logits, labels_BL, temperature)
+        group = _group(layers[int(m) - 1]) if m else (0,)
+        return sum(pair(kind, int(m or 0), n) for n in group) / len(group)
 
     with torch.autocast(real_BL.device.type, enabled=False):
         return {name: term(name) for name in term_names(layers, kinds)}
 
 
-def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
-    """The terms' sum (B,), each term with its own weight, or that of its kind; TinyBERT's are all 1."""
-    return torch.stack([weights.get(name, weights.get(name.partition("/")[0])) * x for name, x in terms.items()]).sum(0)
+def weighted(terms: dict[str, Tensor], weights: dict, factors: Tensor | None = None) -> Tensor:
+    """The terms' sum (B,), each term with its own weight, or that of its kind (TinyBERT's are all 1), and its factor."""
+    of_each = torch.stack([weights.get(name, weights.get(name.partition("/")[0])) * x for name, x in terms.items()])
+    return (of_each if factors is None else factors[:, None] * of_each).sum(0)
+
+
+def balancing(running: Tensor) -> Tensor:
+    """The factors of `layer_weights=balanced`: 1 / the mean of each term's values before (decay 0.99, bias corrected); first 1.
+
+    `running` holds the terms' exponential means, begun at 0, and behind them that of ones.  No factor is above 1,000: a term
+    that begins at 0, as copied embeddings do, has no scale.
+    """
+    return (running[-1] / running[:-1]).nan_to_num(1.0, posinf=1e3).clamp(max=1e3).float()
 
 
 def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:
     """Each term's weight: its kind's times that of its student layer m, the embeddings being 0.
 
-    The rule is `equal`, `inverse` (1/(m+1)), or M+1 numbers, the embeddings' first.
+    The rule is `equal`, `inverse` (1/(m+1)), or M+1 numbers, the embeddings' first; `balanced` begins with equal ones.
     """
     count = len(layers) + 1
-    if rule in ("equal", "inverse"):
+    if rule in ("equal", "inverse", "balanced"):
         factors = [1 / (m + 1) if rule == "inverse" else 1.0 for m in range(count)]
     elif re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and rule.count(",") == count - 1:
         factors = [float(number) for number in rule.split(",")]
     else:
-        raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
+        raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, balanced, and {count} numbers for this student, the "
                          f"embeddings' first, such as {','.join(['1'] * count)}")
     split = (name.partition("/") for name in term_names(layers, kinds))
     return {kind + slash + m: kinds[kind] * factors[int(m or 0)] for kind, slash, m in split}

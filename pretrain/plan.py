@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from pretrain.encoder import can_copy, check_tokenizer, model_config
+from pretrain.encoder import check_tokenizer, model_config
 from pretrain.engine import device_type, read_engine_file
-from pretrain.objective import layer_map, term_weights
+from pretrain.objective import OF_HEADS, layer_map, term_weights
 from pretrain.recipe import RECIPES, Recipe, Shape, override, parse_student
+from pretrain.student import can_copy, can_project
 from shards.block import Manifest, read_manifest, shard_path
 from shards.opener import local
 
@@ -26,11 +27,11 @@ class Plan:
     recipe: Recipe
     students: dict  # name -> Shape
     layers: dict  # name -> the teacher layer, or layers, of each student layer
-    inits: dict  # name -> teacher or random
+    inits: dict  # name -> teacher, projected or random
     weights: dict  # name -> each term's weight
     engine_file: Path
     engine: dict
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]  # one for each --shards
     teacher_dtype: str
     tokenizer: object  # the teacher's, as transformers opened it
 
@@ -44,34 +45,39 @@ def resolve(given: Namespace) -> Plan:
     students = dict(shapes)
     if len(students) < len(shapes):
         raise ValueError(f"--student {' --student '.join(given.student)}: one is given twice; write each once")
-    manifest = read_manifest(given.shards)
-    if not manifest.rows:
-        raise ValueError(f"{given.shards}: no training rows; build from more text")
-    for shard in manifest.shards + manifest.held_out if local(given.shards) else ():
-        shard_path(local(given.shards), shard)  # there, in its full length; its sum is checked when it is read
+    manifests = tuple(read_manifest(folder) for folder in given.shards)
+    for folder, manifest in zip(given.shards, manifests, strict=True):
+        if not manifest.rows:
+            raise ValueError(f"{folder}: no training rows; build from more text")
+        for shard in manifest.shards + manifest.held_out if local(folder) else ():
+            shard_path(local(folder), shard)  # there, in its full length; its sum is checked when it is read
     engine_file = Path(given.engine or ENGINES / (f"gpu-{fastest_dtype()}.json" if device_type() == "cuda" else "cpu.json"))
     engine = read_engine_file(engine_file, device_type())
     config = model_config(given.teacher)
-    tokenizer = check_tokenizer(given.teacher, config, manifest)
+    tokenizer = [check_tokenizer(given.teacher, config, manifest) for manifest in manifests][0]
     inits, layers, weights = {}, {}, {}
     for name, shape in students.items():
         check_student(name, shape, config, recipe)
-        auto = "teacher" if can_copy(shape, config) else "random"
+        whole = can_copy(shape, config) and shape.layers == config.num_hidden_layers  # else layers must make up for others
+        auto = "teacher" if whole else "projected" if can_project(shape, config) else "random"
         inits[name] = auto if recipe.init == "auto" else recipe.init
         layers[name] = layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers)
         weights[name] = term_weights(layers[name], recipe.weights, recipe.layer_weights)
-    return Plan(options=given, recipe=recipe.resolved(manifest.rows), students=students, inits=inits, layers=layers,
-                weights=weights, engine_file=engine_file, engine=engine, manifest=manifest, tokenizer=tokenizer,
+    return Plan(options=given, recipe=recipe.resolved([m.rows for m in manifests]), students=students, inits=inits, layers=layers,
+                weights=weights, engine_file=engine_file, engine=engine, manifests=manifests, tokenizer=tokenizer,
                 teacher_dtype=fastest_dtype() if given.teacher_dtype == "auto" else given.teacher_dtype)
 
 
 def check_student(name: str, shape: Shape, teacher, recipe: Recipe) -> None:
     """ValueError where attention cannot be compared with the teacher's, head by head or re-split, or layers not be copied."""
     if recipe.init == "teacher" and not can_copy(shape, teacher):
-        raise ValueError(f"student {name}: init=teacher needs a BERT teacher of the same widths; write init=random")
+        raise ValueError(f"student {name}: init=teacher needs a BERT teacher of the same widths; write init=auto")
+    if recipe.init == "projected" and not can_project(shape, teacher):
+        raise ValueError(f"student {name}: init=projected needs a BERT teacher that is at least as wide and has as many heads; "
+                         "write init=random")
     heads, common = teacher.num_attention_heads, recipe.relation_heads
-    if not common and shape.heads != heads and recipe.attention:
-        raise ValueError(f"student {name} has {shape.heads} heads, the teacher {heads}: attention scores are compared head by "
+    if not common and shape.heads != heads and recipe.weights.keys() & {*OF_HEADS}:
+        raise ValueError(f"student {name} has {shape.heads} heads, the teacher {heads}: attention is compared head by "
                          f"head; write --student {name}:heads={heads}, or relation_heads=R with R a divisor of both widths")
     if common and (shape.hidden % common or teacher.hidden_size % common):
         raise ValueError(f"relation_heads={common} does not divide both widths, {shape.hidden} of student {name} and "

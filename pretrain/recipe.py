@@ -18,7 +18,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Recipe:
     """The settings of general distillation; `key=value` on the command line changes one."""
 
-    steps: int | None = None  # optimizer steps; None: three passes over the training rows
+    steps: tuple[int, ...] | None = None  # optimizer steps, with several --shards of each: 9000,1000; None: three passes
     batch: int = 256  # rows of an optimizer step, over all ranks
     lr: float = 1e-4  # at the end of the warm-up; linear to 0 at the last step
     warmup: float = 0.1  # a share of the steps; an integer above 1 is steps
@@ -30,25 +30,38 @@ class Recipe:
     seed: int = 0  # of the order of rows, the masks' set and the students' first weights
     lanes: int | None = None  # bounds the ranks a run can use; None: the largest divisor of batch up to 64
     mask: str = "precomputed"  # the pass's mask set of the shards; dynamic: new masks in each pass; none
-    init: str = "auto"  # teacher: copied embeddings and layers; random; auto: teacher where it fits
+    init: str = "auto"  # teacher: its embeddings and layers copied; projected: fitted to them; random; auto: what fits best
     layer_map: str = "uniform"  # uniform, last, first, or groups such as 1:3-5,2:6-8: each student layer's teacher layers
-    layer_weights: str = "equal"  # inverse: 1/(m+1); or numbers, the embeddings' first
+    layer_weights: str = "equal"  # inverse: 1/(m+1); balanced: by the terms' running means; or numbers, the embeddings' first
+    normalize: str = "row"  # means over a row's real tokens; padded: over all positions of rows at full length (the reference)
+    projection: str = "auto"  # to the teacher's width: shared by all layers, one for each, auto: shared where the widths differ
     dropout: float = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch
     embedding: float = 1.0  # weight of the embedding term
     hidden: float = 1.0  # weight of each layer's hidden term
     attention: float = 1.0  # weight of each layer's attention-score term
-    relation_heads: int | None = None  # both models' heads joined and cut into so many, for the scores
+    cosine: float = 0.0  # weight of each layer's cosine of hidden states (DistilBERT)
+    qk: float = 0.0  # weight of each layer's attention distributions' KL (MiniLM)
+    qq: float = 0.0  # weight of each layer's relations of queries (MiniLMv2)
+    kk: float = 0.0  # weight of each layer's relations of keys (MiniLMv2)
+    vv: float = 0.0  # weight of each layer's relations of values (MiniLM, MiniLMv2)
+    mlm: float = 0.0  # weight of the masked words' cross-entropy
+    soft_mlm: float = 0.0  # weight of the masked words' KL to the teacher's predictions (DistilBERT)
+    temperature: float = 2.0  # of the latter
+    relation_heads: int | None = None  # both models' heads joined and cut into so many, for scores and relations
     log_every: int = 10  # steps between two logged lines
     save_every: int = 500  # steps between two checkpoints; the last step always saves
     keep_every: int = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
+    gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile for the teacher's and students' layers beside attention; needs a C++ compiler
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: int = 500  # steps between two looks at the held-out rows; first and last step always
 
     def __post_init__(self):
         for name, value in asdict(self).items():
             least = int(name in ("steps", "batch", "lanes", "log_every", "save_every", "eval_every", "relation_heads"))
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be a number of at least {least}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not least <= number < math.inf:
+                    raise ValueError(f"{name}={number}: must be a number of at least {least}")
             if name in ("dropout", "beta1", "beta2") and value >= 1:
                 raise ValueError(f"{name}={value}: must be from 0 to below 1")
         if self.warmup > 1 and self.warmup != int(self.warmup):
@@ -57,33 +70,52 @@ class Recipe:
             if getattr(self, name) not in known and not (name == "layer_map" and ":" in self.layer_map):
                 raise ValueError(f"{name}={getattr(self, name)!r}{did_you_mean(getattr(self, name), known)} "
                                  f"(there are {', '.join(known)})")
+        if not self.temperature:
+            raise ValueError("temperature=0.0: must be above 0")
+        if self.labels and self.mask == "none":
+            raise ValueError("mlm and soft_mlm are of masked words, and mask=none leaves none; write mask=precomputed or dynamic")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
             raise ValueError(f"batch={self.batch} does not divide over lanes={self.lanes}; write a batch that is a "
                              f"multiple of it, such as batch={max(1, round(self.batch / self.lanes)) * self.lanes}")
 
-    def resolved(self, rows: int) -> "Recipe":
-        """With steps and lanes as numbers, for shards of `rows` training rows."""
+    def resolved(self, rows: list[int]) -> "Recipe":
+        """With steps and lanes as numbers, for shards of so many training rows, one number for each --shards."""
+        if self.steps and len(self.steps) != len(rows):
+            raise ValueError(f"steps={','.join(map(str, self.steps))}: {len(self.steps)} numbers for {len(rows)} --shards; write "
+                             "one for each")
         lanes = self.lanes or max(n for n in range(1, min(64, self.batch) + 1) if self.batch % n == 0)
-        return replace(self, steps=self.steps or math.ceil(3 * rows / self.batch), lanes=lanes)
+        return replace(self, steps=self.steps or tuple(math.ceil(3 * n / self.batch) for n in rows), lanes=lanes)
+
+    @property
+    def length(self) -> int:
+        """All steps of the run."""
+        return sum(self.steps)
+
+    @property
+    def labels(self) -> bool:
+        """Whether masked words are predicted."""
+        return bool(self.mlm or self.soft_mlm)
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (from 0): linear up over the warm-up, linear down to 0 after the last."""
-        warm = self.warmup if self.warmup > 1 else round(self.warmup * self.steps)
+        warm = self.warmup if self.warmup > 1 else round(self.warmup * self.length)
         if step < warm:
             return self.lr * (step + 1) / warm
-        return self.lr * (self.steps - step) / max(1, self.steps - warm)
+        return self.lr * (self.length - step) / max(1, self.length - warm)
 
     @property
     def weights(self) -> dict[str, float]:
         """Of the kinds of terms; one of weight 0 is not computed."""
-        return {kind: getattr(self, kind) for kind in ("embedding", "hidden", "attention") if getattr(self, kind)}
+        return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
 
 
-CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "random"),
-           "layer_map": ("uniform", "last", "first")}
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic")  # may change between a run and its resume
+KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv", "mlm", "soft_mlm")  # of terms
+CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "projected", "random"),
+           "layer_map": ("uniform", "last", "first"), "normalize": ("row", "padded"), "projection": ("auto", "shared", "each")}
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "compile",
+               "gradient_checkpointing")  # may change between a run and its resume
 
 # TinyBERT's own numbers, but for two of its traps: the reference clips each tensor by itself and its Adam
 # does not correct the bias.  lr: 5e-5 in the reference's defaults, 1e-4 in later published runs.
@@ -103,8 +135,11 @@ def override(recipe, settings: Iterable[str]):
         kind, example = hints[key], getattr(recipe, key)
         if isinstance(kind, types.UnionType):  # int | None
             kind, example = typing.get_args(kind)[0], example or 100
+        several = typing.get_origin(kind) is tuple  # of integers
+        kind = int if several else kind
         try:
-            changes[key] = bool(["false", "true"].index(text)) if kind is bool else kind(text)
+            changes[key] = (tuple(map(int, text.split(","))) if several else
+                            bool(["false", "true"].index(text)) if kind is bool else kind(text))
         except ValueError:
             raise ValueError(f"{key}: cannot read {text!r} as {kind.__name__}; write {key}={str(example).lower()}") from None
     return replace(recipe, **changes)

@@ -5,31 +5,36 @@ import os
 import shutil
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.encoder import build_student, check_trace, load_teacher, trace, windowed
+from pretrain.encoder import check_trace, compile_between, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.export import export, recover
 from pretrain.monitor import Monitor, Window
-from pretrain.objective import distil, weighted
+from pretrain.objective import balancing, distil, weighted
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
+from pretrain.student import build_student
 from shards.block import read_shard
 from shards.dynamic import DynamicMasks
 from shards.stream import Batch, Stream, micro_rows
 
 HELD_OUT_ROWS = 256  # the first held-out rows, on which the objective is looked at
+PROJECTED_TOKENS = 2**14  # on which a student's first weights are fitted; the trace of BERT-base then takes 2.5 GB
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,13 +57,17 @@ class Run:
 
     def _open_inputs(self) -> None:
         """The teacher is in float32, from which copied layers come, until the students are made."""
-        plan, ranks, recipe, folder = self.plan, self.ranks, self.recipe, self.plan.options.shards
-        mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
-        self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
-                             rank=ranks.rank, world=ranks.world, mask=mask)
-        self.micro = micro_rows(len(self.stream.mine), self.most)
-        self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
-        self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
+        plan, ranks, recipe = self.plan, self.ranks, self.recipe
+        self.streams = []  # one for each --shards
+        for folder, manifest in zip(plan.options.shards, plan.manifests, strict=True):
+            mask = DynamicMasks(folder, manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
+            self.streams.append(Stream(manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch,
+                                       lanes=recipe.lanes, rank=ranks.rank, world=ranks.world, mask=mask,
+                                       labels=recipe.labels, padded=recipe.normalize == "padded"))
+        self.share = len(self.streams[0].mine)  # this rank's rows of a batch
+        self.micro = micro_rows(self.share, self.most)
+        self.held_out = [stream.held_out(HELD_OUT_ROWS, self.micro) for stream in self.streams]
+        self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device, head=bool(recipe.soft_mlm))
         if layers := windowed(self.teacher.config):
             ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
 
@@ -73,9 +82,11 @@ class Run:
 
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
-        plan, sums = self.plan, "".join(shard.sha256 for shard in self.plan.manifest.shards)
-        settings = {**asdict(self.recipe), "students": {name: asdict(shape) for name, shape in plan.students.items()},
-                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": checkpoint.identity(self.teacher)}
+        plan = self.plan
+        sums = [hashlib.sha256("".join(s.sha256 for s in manifest.shards).encode()).hexdigest() for manifest in plan.manifests]
+        settings = {**asdict(self.recipe), "steps": self.recipe.length, "steps_before": list(self.recipe.steps[:-1]),
+                    "students": {name: asdict(shape) for name, shape in plan.students.items()},
+                    "shards": sums, "teacher": checkpoint.identity(self.teacher)}
         self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
         found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
         self.saved, self.step, notes, universal = found or (None, 0, [], False)
@@ -86,32 +97,43 @@ class Run:
         if universal:
             self.ranks.first(partial(shutil.rmtree, source))
 
+    def _some_rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are the same on any ranks: some of the first shard, from end to end of it."""
+        stream, shard = self.streams[0], self.plan.manifests[0].shards[0]
+        rows = min(shard.rows, PROJECTED_TOKENS // stream.manifest.row_length)
+        batch = stream.rows_of(shard, np.linspace(0, shard.rows - 1, rows).astype(int))
+        return tuple(torch.from_numpy(x).to(self.ranks.device) for x in (batch.ids, batch.segments, batch.real))
+
     def _load_students(self, source: Path | None, universal: bool) -> None:
         self.engines = []
         for name, shape in self.plan.students.items():
             layers, init = self.plan.layers[name], self.plan.inits[name]
-            student = build_student(name, shape, self.teacher, layers, init=init, seed=self.recipe.seed,
-                                    dropout=self.recipe.dropout)
+            rows = self._some_rows() if init == "projected" and not source else None
+            student = build_student(name, shape, self.teacher, layers, "random" if source else init, self.recipe, rows)
             parameters = sum(p.numel() for p in student.encoder.parameters())
             self.ranks.say(f"student {name}: {shape.layers} layers of {shape.hidden}, {parameters / 1e6:.1f} M parameters, "
                            f"init={init}, like teacher layers {layers}" + (", () without a layer loss" if () in layers else ""))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
                                        drawn_at=self.step, universal=universal))
+            if self.recipe.layer_weights == "balanced":
+                self.engines[-1].running = torch.zeros(len(self.plan.weights[name]) + 1, device=self.ranks.device)
             if source:
                 self.engines[-1].load(source, random=not universal)
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
+        for model in [self.teacher, *(engine.module.encoder for engine in self.engines)] if self.recipe.compile else ():
+            compile_between(model)
         check_trace(self.teacher)
 
     def finish(self) -> int:
         """Train to the last step, then export every student -> the exit code, PREEMPTED where it was asked to stop."""
-        if self.step == self.recipe.steps:
+        if self.step == self.recipe.length:
             self.ranks.say(f"all {self.step} steps are done; for more write steps=N, to begin anew --fresh")
         else:
             self._train()
         if self.monitor:
             self.monitor.close()
-        if self.step < self.recipe.steps:
-            self.ranks.say(f"stopped after step {self.step} of {self.recipe.steps}; last checkpoint: {self.saved}; the same "
+        if self.step < self.recipe.length:
+            self.ranks.say(f"stopped after step {self.step} of {self.recipe.length}; last checkpoint: {self.saved}; the same "
                            f"command goes on (exit code {PREEMPTED})")
             return PREEMPTED
         for engine in self.engines:
@@ -122,15 +144,17 @@ class Run:
 
     def _begin(self) -> None:
         """Say what the run will be, on the screen and in run.json."""
-        recipe, plan, ranks, rows = self.recipe, self.plan, self.ranks, self.plan.manifest.rows
+        recipe, plan, ranks = self.recipe, self.plan, self.ranks
+        passes = (f"{steps:,} steps = {steps * recipe.batch / manifest.rows:.2f} passes over {manifest.rows:,} rows of {folder}"
+                  for steps, manifest, folder in zip(recipe.steps, plan.manifests, plan.options.shards, strict=True))
         ranks.say(f"device {ranks.device.type}, {ranks.world} ranks, engine {plan.engine_file}, teacher in {plan.teacher_dtype}; "
-                  f"batch {recipe.batch} = {self.micro} rows x {len(self.stream.mine) // self.micro} micro batches x "
-                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
-                  f"{recipe.steps * recipe.batch / rows:.2f} passes over {rows:,} rows; tensorboard --logdir {self.out}")
+                  f"batch {recipe.batch} = {self.micro} rows x {self.share // self.micro} micro batches x "
+                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{'; then '.join(passes)}; "
+                  f"tensorboard --logdir {self.out}")
         about = {**self.about, "options": vars(plan.options), "init": plan.inits, "layers": plan.layers, "engine": plan.engine,
                  "command": sys.argv, "teacher_dtype": plan.teacher_dtype,
                  "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
-        self.monitor = Monitor(self.out, first=self.step, steps=recipe.steps, about=about) if ranks.rank == 0 else None
+        self.monitor = Monitor(self.out, first=self.step, steps=recipe.length, about=about) if ranks.rank == 0 else None
 
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
@@ -139,7 +163,7 @@ class Run:
             batches, stop = self._agree(ahead.submit(self._read, self.step), window)
             if self.step == 0 and not stop:
                 self._log({"rows": 0, **self._look_at_held_out()})
-            while self.step < recipe.steps and not stop:
+            while self.step < recipe.length and not stop:
                 coming = ahead.submit(self._read, self.step + 1)
                 self._update(batches, window)
                 self.step += 1
@@ -158,10 +182,16 @@ class Run:
                 window.begin += time.perf_counter() - pause  # rates are those of training alone
 
     def _due(self, every: int) -> bool:
-        return self.step == self.recipe.steps or self.step % every == 0
+        return self.step == self.recipe.length or self.step % every == 0
+
+    def _phase(self, step: int) -> tuple[int, int]:
+        """Which --shards a step reads, and how many steps of it come before."""
+        phase = bisect_right([*accumulate(self.recipe.steps[:-1])], step)
+        return phase, step - sum(self.recipe.steps[:phase])
 
     def _read(self, step: int) -> list[Batch]:
-        return self.stream.batches(step * self.recipe.batch, self.most) if step < self.recipe.steps else []
+        phase, before = self._phase(step)
+        return self.streams[phase].batches(before * self.recipe.batch, self.most) if step < self.recipe.length else []
 
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
         """The next step's rows, and whether any rank was asked to stop: one all-reduce a step, before anything is saved.
@@ -183,8 +213,9 @@ class Run:
             if not torch.cat(losses).sum().isfinite():
                 wrong, blamed = "the loss is not finite", blamed[~torch.cat(losses).isfinite().cpu().numpy()]
             if wrong:
-                shards = np.searchsorted(self.stream.first_row, blamed, side="right") - 1
-                places = [f"{self.plan.manifest.shards[shard].name.removesuffix('.tar')}:{row - self.stream.first_row[shard]}"
+                stream = self.streams[self._phase(self.step - 1)[0]]
+                shards = np.searchsorted(stream.first_row, blamed, side="right") - 1
+                places = [f"{stream.manifest.shards[shard].name.removesuffix('.tar')}:{row - stream.first_row[shard]}"
                           for shard, row in zip(shards, blamed, strict=True)]
                 return ValueError(f"student {engine.name}: {wrong} in step {self.step}; rows {', '.join(places[:8])} "
                                   "(python -m shards.look --row shows one); last good checkpoint: "
@@ -193,26 +224,37 @@ class Run:
 
     def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
         """One teacher pass, every student in turn: each one's loss terms by row."""
-        ids, segments, real = (torch.from_numpy(x).to(self.ranks.device, non_blocking=True)
-                               for x in (batch.ids, batch.segments, batch.real))
-        mask = None if batch.real.all() else real
+        given, recipe = [batch.ids, batch.segments, batch.real, *([batch.labels] if self.recipe.labels else [])], self.recipe
+        ids, segments, real, *labels = (torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in given)
+        mask, masked = None if batch.real.all() else real, [labels_BL >= 0 for labels_BL in labels]
         with torch.no_grad():
-            teacher = trace(self.teacher, ids, segments, mask)
+            teacher = trace(self.teacher, ids, segments, mask, *masked if recipe.soft_mlm else ())
         for engine in self.engines:
-            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], self.recipe.weights,
-                                 self.recipe.relation_heads)
+            yield engine, distil(
+                engine(ids, segments, mask, *masked), teacher, real, self.plan.layers[engine.name], recipe.weights,
+                relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded", temperature=recipe.temperature,
+                labels_BL=labels[0] if labels else None)
 
     def _update(self, batches: list[Batch], window: Window) -> None:
         self.row_numbers = np.concatenate([batch.numbers for batch in batches])
         self.row_losses = {engine: [] for engine in self.engines}
+        factors = {engine: balancing(engine.running) for engine in self.engines if engine.running is not None}
+        sums = dict.fromkeys(factors, 0.0)
         for batch in batches:
             for engine, terms in self._terms(batch):
-                losses = weighted(terms, self.plan.weights[engine.name])
+                weights = self.plan.weights[engine.name]
+                losses = trained = weighted(terms, weights)  # what is logged is not balanced
+                if engine in factors:
+                    trained = weighted(terms, weights, factors[engine])
+                    sums[engine] += torch.stack([*terms.values(), torch.ones_like(losses)]).detach().sum(1)
                 self.row_losses[engine].append(losses.detach())
-                engine.update(losses.mean(), self.step)
+                engine.update(trained.mean(), self.step)
                 window.add(self._named(engine, {**terms, "loss": losses}))
             window.rows += len(batch.ids)
             window.tokens += int(batch.real.sum())
+        for engine, totals in sums.items():
+            dist.all_reduce(totals)
+            engine.running.lerp_(totals / self.recipe.batch, 0.01)
 
     def _figures(self, window: Window) -> dict[str, float]:
         """Means over the steps since the last logged one, and rates over all ranks."""
@@ -236,7 +278,7 @@ class Run:
         seen = Window()
         for engine in self.engines:
             engine.module.eval()
-        for batch in self.held_out:
+        for batch in self.held_out[self._phase(max(0, self.step - 1))[0]]:
             for engine, terms in self._terms(batch):
                 seen.add(self._named(engine, {**terms, "loss": weighted(terms, self.plan.weights[engine.name])}))
             seen.rows += len(batch.ids)

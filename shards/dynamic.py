@@ -32,11 +32,12 @@ class DynamicMasks:
         self.mask, self.row_length, self.seed = manifest.tokenizer["mask"], manifest.row_length, np.array([seed], np.uint64)
         self.whole_word = manifest.settings["masking"] == "whole-word"
 
-    def apply(self, ids: np.ndarray, lengths: np.ndarray, epochs: np.ndarray, numbers: np.ndarray) -> None:
-        """Mask padded rows (R, L) in place; `epochs` and `numbers` (R,) are the rows' passes and numbers."""
+    def apply(self, ids: np.ndarray, lengths: np.ndarray, epochs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Mask padded rows (R, L) in place -> bool, where; `epochs` and `numbers` (R,) are the rows' passes and numbers."""
         from shards.pairs import masked, words  # here: only these masks need the build's libraries
 
         keys = splitmix64(splitmix64(splitmix64(self.seed) + epochs.astype(np.uint64)) + numbers.astype(np.uint64))
+        places = np.zeros(ids.shape, bool)
         for start in range(0, len(ids), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             row, position = np.nonzero(np.arange(ids.shape[1]) < lengths[part, None])
@@ -48,4 +49,6 @@ class DynamicMasks:
 
             found = words(flat, lengths[part], self, self.whole_word)
             counts, where, new = masked(found, flat, lengths[part], self, draw, self.row_length)
-            ids[start + np.repeat(np.arange(len(counts)), counts), where] = new
+            at = start + np.repeat(np.arange(len(counts)), counts), where
+            ids[at], places[at] = new, True
+        return places

@@ -28,21 +28,13 @@ LENGTH, FIRST, NUMBER, EPOCH = range(4)  # columns of the facts of rows
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one micro batch, padded to the longest, rounded up to a multiple of 8."""
+    """Rows of one micro batch, padded to the longest, rounded up to a multiple of 8, or to the row length."""
 
     ids: np.ndarray  # (R, L) int64, masked if the stream masks
     segments: np.ndarray  # (R, L) int64: 0 in [CLS] A [SEP], 1 in B [SEP], 0 on padding
     real: np.ndarray  # (R, L) bool: True on tokens
     numbers: np.ndarray  # (R,) int64: the rows' numbers in the manifest's order of shards
-
-    @staticmethod
-    def cut(ids: np.ndarray, facts: np.ndarray, some: slice) -> "Batch":
-        """Some of the rows, as Stream keeps them: ids (R, row length) and facts (R, 4)."""
-        lengths, first, numbers = facts[some, :3].T
-        positions = np.arange(-(-lengths.max() // 8) * 8)
-        real = positions < lengths[:, None]
-        segments = (positions >= first[:, None]) & real
-        return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
+    labels: np.ndarray | None = None  # (R, L) int64: the true ids of masked positions, -100 elsewhere; where they are asked for
 
 
 @lru_cache(maxsize=4)
@@ -63,17 +55,19 @@ class Stream:
     `read` opens and checks one shard (shards.block.read_shard with the folder bound); `mask` is precomputed, none, or
     the DynamicMasks to apply.  In memory are GATHERED rows and at most two decoded shards for each of the rank's lanes: the
     one it stands in and, from a quarter of a shard before its end, the next (more only where shards have fewer rows than a
-    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.
+    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.  `labels`: batches have
+    them; `padded`: to the row length.
     """
 
     def __init__(self, manifest: Manifest, read: Callable[[Shard], Block], *, seed: int, batch: int, lanes: int,
-                 rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed"):
+                 rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed", labels: bool = False,
+                 padded: bool = False):
         if lanes % world:
             raise ValueError(f"lanes={lanes} do not divide over {world} ranks; start with a number of ranks that "
                              f"divides {lanes}, or write lanes=N with N a multiple of {world} that divides batch={batch}")
         if mask == "precomputed" and not manifest.mask_sets:
             raise ValueError("mask=precomputed, but the shards hold no mask sets; build them with --mask-sets 3, or mask=none")
-        self.manifest, self.read, self.mask = manifest, read, mask
+        self.manifest, self.read, self.mask, self.labels, self.padded = manifest, read, mask, labels, padded
         self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
         self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
         self.sizes = tuple(shard.rows for shard in manifest.shards)
@@ -113,7 +107,17 @@ class Stream:
             self.rows = self._gathered(j, steps)
             self.span = range(j, j + steps * self.batch, self.batch)
         at = self.span.index(j) * share
-        return [Batch.cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+        return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+
+    def _cut(self, ids: list[np.ndarray], facts: np.ndarray, some: slice) -> Batch:
+        """Some of the rows that _joined gave."""
+        lengths, first, numbers = facts[some, :3].T
+        positions = np.arange(-(-(self.manifest.row_length if self.padded else lengths.max()) // 8) * 8)
+        real = positions < lengths[:, None]
+        segments = (positions >= first[:, None]) & real
+        ids, *labels = (part[some, :len(positions)].astype(np.int64) for part in ids)
+        labels = [np.where(part == self.manifest.tokenizer["pad"], -100, part) for part in labels]
+        return Batch(ids, segments.astype(np.int64), real, numbers, *labels)
 
     def _gathered(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's rows of some batches, batch by batch, each sorted by length; opens what comes later."""
@@ -133,30 +137,46 @@ class Stream:
             self.decoded[key] = self.readers.submit(self._decode, self.manifest.shards[n], order, epoch, self.first_row[n])
 
     def _decode(self, shard: Shard, order: np.ndarray, epoch: int, first_row: int) -> tuple[np.ndarray, ...]:
-        """A shard in an order: (windows of its flat ids, each from one id on; the window of each row; facts (R, 4))."""
+        """A shard in an order: (windows of its flat ids, each from one id on; the window of each row; facts (R, 4)).
+
+        With labels there are such windows of them too, the padding's id where nothing is masked, which itself never is.
+        """
         block, width = self.read(shard), -(-self.manifest.row_length // 8) * 8
-        flat = np.concatenate([block.ids, np.zeros(width, block.ids.dtype)])
+        flat = [np.concatenate([block.ids, np.zeros(width, block.ids.dtype)])]
+        flat += [np.full_like(flat[0], self.manifest.tokenizer["pad"])] * self.labels
         begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
         if self.mask == "precomputed":
             mask_set, counts = epoch % self.manifest.mask_sets, block.mask_counts.sum(1, dtype=np.int64)
             some = slice(counts[:mask_set].sum(), counts[:mask_set + 1].sum())
-            flat[np.repeat(begins, block.mask_counts[mask_set]) + block.mask_positions[some]] = block.mask_ids[some]
+            where = np.repeat(begins, block.mask_counts[mask_set]) + block.mask_positions[some]
+            flat[-1][where] = flat[0][where]
+            flat[0][where] = block.mask_ids[some]
         facts = np.stack([block.lengths[order], block.first[order], first_row + order, np.full(len(order), epoch)], 1)
-        return np.lib.stride_tricks.sliding_window_view(flat, width), begins[order], facts
+        return [np.lib.stride_tricks.sliding_window_view(part, width) for part in flat], begins[order], facts
 
     def _joined(self, decoded: dict[int, Future], keys: np.ndarray, entries: np.ndarray, steps: np.ndarray) -> tuple:
-        """Entries of decoded shards, by step and length, padded and masked: ids (R, row length) and facts (R, 4)."""
-        by_key, parts = np.argsort(keys, kind="stable"), []
+        """Entries of decoded shards, by step and length, padded and masked: [ids, labels] (R, row length) and facts (R, 4)."""
+        by_key, parts, pad = np.argsort(keys, kind="stable"), [], self.manifest.tokenizer["pad"]
         for group in np.split(by_key, np.flatnonzero(np.diff(keys[by_key])) + 1):
             windows, begins, facts = decoded[int(keys[group[0]])].result()
-            parts.append((windows[begins[entries[group]]], facts[entries[group]]))
-        ids, facts = map(np.concatenate, zip(*parts, strict=True))
+            parts.append((facts[entries[group]], *(part[begins[entries[group]]] for part in windows)))
+        facts, *rows = map(np.concatenate, zip(*parts, strict=True))
         order = np.lexsort((facts[:, NUMBER], facts[:, LENGTH], steps[by_key]))
-        ids, facts = ids[order], facts[order]
-        ids[np.arange(ids.shape[1]) >= facts[:, LENGTH, None]] = self.manifest.tokenizer["pad"]
+        facts, rows = facts[order], [part[order] for part in rows]
+        for part in rows:
+            part[np.arange(part.shape[1]) >= facts[:, LENGTH, None]] = pad
         if isinstance(self.mask, DynamicMasks):
-            self.mask.apply(ids, facts[:, LENGTH], facts[:, EPOCH], facts[:, NUMBER])
-        return ids, facts
+            true = rows[0].copy() if self.labels else None
+            where = self.mask.apply(rows[0], facts[:, LENGTH], facts[:, EPOCH], facts[:, NUMBER])
+            rows[1:] = [np.where(where, true, pad)] * self.labels
+        return rows, facts
+
+    def rows_of(self, shard: Shard, entries: np.ndarray) -> Batch:
+        """Rows of one training shard, masked as in pass 0."""
+        first = self.first_row[self.manifest.shards.index(shard)]
+        decoded = {0: self.readers.submit(self._decode, shard, np.arange(shard.rows), 0, first)}
+        none = np.zeros_like(entries)
+        return self._cut(*self._joined(decoded, none, entries, none), slice(None))
 
     def held_out(self, most: int, micro: int) -> list[Batch]:
         """This rank's share of the first `most` held-out rows, masked as in pass 0; numbered on behind the training rows."""
@@ -167,7 +187,7 @@ class Stream:
         decoded = {n: self.readers.submit(self._decode, shards[n], np.arange(shards[n].rows), 0, self.manifest.rows + begins[n])
                    for n in np.unique(keys).tolist()}
         joined = self._joined(decoded, keys, rows - begins[keys], np.zeros_like(rows)) if decoded else ()
-        return [Batch.cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
+        return [self._cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
 
 
 def micro_rows(share: int, most: int) -> int:

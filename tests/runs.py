@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = "tiny4:layers=2,hidden=12,intermediate=24"  # narrower than the teacher: random weights and a projection
 SAME = "tiny4:layers=2,hidden=24,intermediate=48"  # as wide as the teacher: its layers are copied
 NAMES = tuple(spec.replace(":", "-").replace(",", "-").replace("=", "-") for spec in (SMALL, SAME))
-SETTINGS = ["batch=16", "steps=6", "save_every=3", "eval_every=3", "log_every=1", "lr=1e-3", "deterministic=true"]
+SETTINGS = ["batch=16", "steps=6", "save_every=3", "eval_every=3", "log_every=1", "lr=1e-3", "deterministic=true", "init=random"]
 
 
 def start(*arguments, ranks: int = 1, form: str = "python", cwd: Path = ROOT, variables: dict | None = None,

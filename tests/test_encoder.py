@@ -6,9 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AlbertConfig, AutoModel, BertConfig, BertModel, DebertaV2Config, DistilBertConfig, ElectraConfig,
                           ModernBertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig)
 
-from pretrain.encoder import (ATTENTION, TEACHERS, build_student, can_copy, check_tokenizer, load_teacher, trace, windowed)
+from pretrain.encoder import ATTENTION, TEACHERS, check_tokenizer, load_teacher, trace, windowed
 from pretrain.objective import TERMS, distil, weighted
-from pretrain.recipe import Shape
 from shards.block import read_manifest
 
 VOCABULARY = 61
@@ -181,52 +180,6 @@ def test_the_watch_catches_every_way_to_make_one():
     assert step_squares(bert().train(), direct=True)
     assert step_squares(bert().train(), full_mask=True)
     assert step_squares(bert(dropout=0.1).train())
-
-
-def test_a_student_is_drawn_from_seed_and_name():
-    teacher, shape = bert(), Shape(layers=2, hidden=16, intermediate=24, heads=4)
-    torch.manual_seed(5)
-    one = build_student("tiny4", shape, teacher, [1, 3], init="random", seed=0)
-    torch.manual_seed(6)
-    same = build_student("tiny4", shape, teacher, [1, 3], init="random", seed=0)
-    other = build_student("tiny6", shape, teacher, [1, 3], init="random", seed=0)
-    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-        if name.endswith("query.weight"):
-            assert not torch.equal(a, c) and abs(a.std().item() - 0.02) < 0.004
-
-
-def test_copied_layers_are_the_mapped_ones():
-    teacher, shape = bert(), Shape(layers=2, hidden=32, intermediate=48, heads=4)
-    assert can_copy(shape, teacher.config)
-    student = build_student("s", shape, teacher, [1, 3], init="teacher", seed=0)
-    assert student.projection is None
-    for mine, theirs in ((0, 0), (1, 2)):
-        for a, b in zip(student.encoder.encoder.layer[mine].parameters(), teacher.encoder.layer[theirs].parameters(),
-                        strict=True):
-            assert torch.equal(a, b)
-    ids, segments, real = batch()
-    assert torch.equal(student(ids, segments, real).hidden[1], trace(teacher.train(False), ids, segments, real).hidden[1])
-
-
-def test_hidden_states_are_projected_to_the_teachers_width():
-    shapes = [Shape(layers=2, hidden=hidden, intermediate=24, heads=4) for hidden in (16, 32)]
-    narrow, wide = (build_student("s", shape, bert(), [1, 3], init="random", seed=0).eval() for shape in shapes)
-    rows = batch()
-    own, got = trace(narrow.encoder, *rows), narrow(*rows)
-    for mine, projected in zip(own.hidden, got.hidden, strict=True):
-        assert torch.equal(narrow.projection(mine), projected) and projected.shape[-1] == 32
-    assert (narrow.projection.bias == 0).all() and abs(narrow.projection.weight.std().item() - 0.02) < 0.004
-    assert wide.projection is None
-    assert torch.equal(wide(*rows).hidden[2], trace(wide.encoder, *rows).hidden[2])
-
-
-def test_groups_copy_their_last_layer():
-    teacher, shape = bert(), Shape(layers=3, hidden=32, intermediate=48, heads=4)
-    student = build_student("s", shape, teacher, [(1, 2), (), (3,)], init="teacher", seed=0)
-    for mine, theirs in ((0, 1), (1, 1), (2, 2)):
-        copied, source = student.encoder.encoder.layer[mine], teacher.encoder.layer[theirs]
-        assert torch.equal(copied.output.dense.weight, source.output.dense.weight)
 
 
 def test_a_teacher_is_loaded_without_dropout_and_gradients(tmp_path):

@@ -182,7 +182,7 @@ def test_a_shard_is_deleted_in_mid_run(given, straight, shards_folder, tmp_path)
     """Each of the two lanes opens its next shard when it comes to it."""
     copy, out, log = tmp_path / "shards", tmp_path / "run", tmp_path / "log"
     shutil.copytree(shards_folder, copy)
-    given = [*given[:-1], "--shards", copy, "--out"]
+    given = ["--shards", copy, *given[2:]]
     run = start(*given, out, ranks=2, form="deepspeed", log=log)
     until(lambda: logged(out) > 3, run)
     for shard in copy.glob("train-*.tar"):

@@ -22,7 +22,8 @@ from transformers import (
 from finetune import data, distill
 from finetune.data import Pair
 from finetune.qnli import COMMON, STAGE, Settings
-from pretrain.encoder import Student, load_teacher
+from pretrain.encoder import load_teacher
+from pretrain.student import Student
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,14 @@ from pretrain.recipe import RECIPES, Recipe, override, parse_student
 from shards.build import build
 
 
+AUTO = ["init=auto", "dropout=0.1"]  # first weights fitted to the teacher's
+
+
 @pytest.fixture(scope="module")
 def two_ranks(inputs, tmp_path_factory) -> Path:
     """A straight run of 6 steps on 2 ranks by the real launcher, two students, dropout on, checkpoints at 3 and 6."""
     out = tmp_path_factory.mktemp("two") / "run"
-    launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, "dropout=0.1", ranks=2, form="deepspeed")
+    launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, *AUTO, ranks=2, form="deepspeed")
     return out
 
 
@@ -59,7 +62,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two_ranks, inputs, tmp_pa
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
         break
-    said = launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, "dropout=0.1", ranks=2, form="bash")
+    said = launch(*inputs, "--student", SMALL, "--student", SAME, "--out", out, *SETTINGS, *AUTO, ranks=2, form="bash")
     assert "damaged (its sha256 is another)" in said and "goes on from" in said
     assert_same_run(two_ranks, out, NAMES)
     board = EventAccumulator(str(out / "tensorboard")).Reload()
@@ -77,7 +80,7 @@ def test_ranks_and_micro_batches_change_the_loss_by_rounding_only(one_rank, two_
 
 def test_a_student_beside_another_ends_bit_for_bit_where_it_ends_alone(two_ranks, inputs, tmp_path):
     """With dropout too: each student has a random state of its own."""
-    launch(*inputs, "--student", SAME, "--out", tmp_path / "run", *SETTINGS, "dropout=0.1", ranks=2, form="deepspeed")
+    launch(*inputs, "--student", SAME, "--out", tmp_path / "run", *SETTINGS, *AUTO, ranks=2, form="deepspeed")
     alone, beside = weights(tmp_path / "run", NAMES[1]), weights(two_ranks, NAMES[1])
     assert all(torch.equal(alone[k], beside[k]) for k in alone)
 
@@ -165,7 +168,7 @@ BAD = [
     (["warmup=2.5"], "warmup=2.5: a share of the steps"),
     (["batch=10", "lanes=4"], "batch=10 does not divide over lanes=4; write a batch that is a multiple of it"),
     (["--studnet", "tiny4"], "unrecognized arguments: --studnet.*see bash launch/general.sh --help"),
-    (["init=teacher", "--student", "tiny4"], "init=teacher needs a BERT teacher of the same widths; write init=random"),
+    (["init=teacher", "--student", "tiny4"], "init=teacher needs a BERT teacher of the same widths; write init=auto"),
     (["fast"], "'fast' is no setting; write key=value"),
     (["--teacher", "./no/such/teacher"], "model './no/such/teacher': no such folder"),
     (["--teacher", "no-such-model"], "not a folder here, and the hub did not give it .*fetch it where there is a network"),
@@ -195,7 +198,7 @@ def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
     ({"zero_optimization": 2}, "zero_optimization: Input should be a valid dictionary"),
     ({"train_micro_batch_size_per_gpu": 0}, "the most rows held at once, 1 or more"),
     ({"train_micro_batch_size_per_gpu": "many"}, "needs train_micro_batch_size_per_gpu"),
-    pytest.param({"fp16": {"enabled": True}}, "need a GPU.*ds_configs/cpu.json",
+    pytest.param({"fp16": {"enabled": True}}, "needs a GPU.*ds_configs/cpu.json",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_an_engine_file_is_checked_key_by_key(content, says, inputs, tmp_path):
@@ -207,13 +210,14 @@ def test_an_engine_file_is_checked_key_by_key(content, says, inputs, tmp_path):
 def test_biases_and_layer_norms_do_not_decay():
     from transformers import BertConfig, BertModel
 
-    from pretrain.encoder import build_student
     from pretrain.engine import decays
-    from pretrain.recipe import Shape
+    from pretrain.recipe import Recipe, Shape
+    from pretrain.student import build_student
 
     teacher = BertModel(BertConfig(vocab_size=11, hidden_size=24, num_hidden_layers=2, num_attention_heads=12,
                                    intermediate_size=48), add_pooling_layer=False)
-    student = build_student("s", Shape(layers=2, hidden=12, intermediate=24), teacher, [1, 2], init="random", seed=0)
+    shape = Shape(layers=2, hidden=12, intermediate=24)
+    student = build_student("s", shape, teacher, [1, 2], init="random", recipe=Recipe(mlm=1))
     for name, parameter in student.named_parameters():
         assert decays(name) == (parameter.ndim > 1), name
 
@@ -237,7 +241,7 @@ def test_a_bad_shard_is_found_before_training(damage, says, inputs, shards_folde
     if damage == "missing":
         shard.unlink()
     with pytest.raises(ValueError, match=says):
-        resolve(options([*inputs, "--shards", str(copy)]))
+        resolve(options(["--shards", str(copy), *inputs[2:]]))
 
 
 @pytest.mark.faults
@@ -247,7 +251,7 @@ def test_a_damaged_shard_ends_all_ranks_with_its_name(inputs, shards_folder, tmp
     data = bytearray((copy / "train-00002.tar").read_bytes())
     data[len(data) // 2] ^= 1
     (copy / "train-00002.tar").write_bytes(data)
-    said = launch(*inputs, "--shards", copy, "--student", SMALL, "--out", tmp_path / "run", *SETTINGS, ranks=2,
+    said = launch("--shards", copy, *inputs[2:], "--student", SMALL, "--out", tmp_path / "run", *SETTINGS, ranks=2,
                   form="deepspeed", expect=2)
     assert said.count("error: ") == 1 and "train-00002.tar: its sha256 is not the manifest's" in said
     assert "Traceback" not in said
@@ -280,12 +284,14 @@ def test_the_rate_rises_and_falls_by_the_step_number():
     recipe = override(RECIPES["tinybert"], ["steps=10", "warmup=2", "lr=1.0"])
     assert [round(recipe.rate(step), 3) for step in range(10)] == [0.5, 1.0, 1.0, .875, .75, .625, .5, .375, .25, .125]
     assert override(recipe, ["warmup=0"]).rate(0) == 1.0
-    assert override(Recipe(), ["warmup=0.1", "steps=1_000"]).steps == 1000
+    assert override(Recipe(), ["warmup=0.1", "steps=1_000"]).steps == (1000,)
 
 
-def test_copied_layers_are_the_default_where_the_shapes_agree(inputs):
-    plan = resolve(options([*inputs, "--student", SMALL, "--student", SAME]))
-    assert list(plan.inits.values()) == ["random", "teacher"] and list(plan.layers.values()) == [[2, 4], [2, 4]]
+def test_first_weights_are_the_teachers_as_far_as_they_fit(inputs):
+    whole, wider = SAME.replace("layers=2", "layers=4"), SAME.replace("intermediate=48", "intermediate=96")
+    plan = resolve(options([*inputs, *(f"--student={shape}" for shape in (SMALL, SAME, whole, wider))]))
+    assert list(plan.inits.values()) == ["projected", "projected", "teacher", "random"]
+    assert list(plan.layers.values()) == [[2, 4], [2, 4], [1, 2, 3, 4], [2, 4]]
 
 
 def test_a_student_name_is_a_folder_name():

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from pretrain.objective import (TERMS, Trace, distil, hidden_mse, layer_map, one_layer_each, score_mse, term_names,
-                                term_weights, weighted)
+from pretrain.objective import (TERMS, TILE, Trace, balancing, distil, hidden_mse, layer_map, one_layer_each, relation_kl,
+                                score_mse, term_names, term_weights, weighted, word_loss)
+from pretrain.recipe import KINDS
 
+OF_LAYERS = KINDS[:-2]  # every term that needs no words
 LENGTHS = (7, 12, 1, 5)  # ragged, one row of a single token
 
 
 def changed(x: Trace, change) -> Trace:
-    return Trace(*(tuple(change(part) for part in parts) for parts in (x.hidden, x.queries, x.keys)))
+    return Trace(*(tuple(change(part) for part in parts) for parts in (x.hidden, x.queries, x.keys, x.values)))
 
 
 def made(layers: int, width: int, heads: int, d: int, seed: int, length: int = 12) -> Trace:
@@ -19,7 +21,7 @@ def made(layers: int, width: int, heads: int, d: int, seed: int, length: int = 1
     def draw(*shape):
         return torch.randn(len(LENGTHS), *shape, generator=g)
 
-    scores = [tuple(draw(heads, length, d) for _ in range(layers)) for _ in "qk"]
+    scores = [tuple(draw(heads, length, d) for _ in range(layers)) for _ in "qkv"]
     return Trace(tuple(draw(length, width) for _ in range(layers + 1)), *scores)
 
 
@@ -65,6 +67,7 @@ def test_equal_models_have_exactly_no_loss_and_no_gradient():
     loss.backward()
     assert loss.item() == 0.0
     assert all((x.grad is None) or (x.grad == 0).all() for part in (s.hidden, s.queries, s.keys) for x in part)
+    assert all((value == 0).all() for value in distil(s, t, real(), [1, 2], ("qk", "qq", "kk", "vv")).values())
 
 
 def test_models_close_to_each_other_keep_six_digits():
@@ -84,29 +87,30 @@ def test_hidden_is_a_mean_over_real_tokens():
 
 def test_what_stands_on_padding_never_reaches_the_loss():
     s, t, mask = made(2, 10, 3, 8, 1), made(2, 10, 3, 8, 2), real()
-    before = distil(s, t, mask, [1, 2])
+    before = distil(s, t, mask, [1, 2], OF_LAYERS)
     spoil = torch.where(mask, 0.0, 1e6)
     s2 = changed(s, lambda x: x + (spoil[:, :, None] if x.dim() == 3 else spoil[:, None, :, None]))
-    after = distil(s2, t, mask, [1, 2])
+    after = distil(s2, t, mask, [1, 2], OF_LAYERS)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("how", ["more padding", "one row at a time", "another order"])
 def test_a_row_counts_the_same_in_any_batch(how):
     s, t, mask = made(2, 10, 3, 8, 1), made(2, 10, 3, 8, 2), real()
-    whole = distil(s, t, mask, [1, 2])
+    whole = distil(s, t, mask, [1, 2], OF_LAYERS)
     order = torch.tensor([2, 0, 3, 1])
     if how == "more padding":
         def longer(x):
             return torch.cat([x, torch.ones_like(x)], dim=-2)
-        other = distil(changed(s, longer), changed(t, longer), torch.cat([mask, torch.zeros_like(mask)], 1), [1, 2])
+        longer_mask = torch.cat([mask, torch.zeros_like(mask)], 1)
+        other = distil(changed(s, longer), changed(t, longer), longer_mask, [1, 2], OF_LAYERS)
     elif how == "one row at a time":
-        rows = [distil(changed(s, lambda x, i=i: x[i:i + 1]), changed(t, lambda x, i=i: x[i:i + 1]), mask[i:i + 1], [1, 2])
-                for i in range(len(LENGTHS))]
+        rows = [distil(changed(s, lambda x, i=i: x[i:i + 1]), changed(t, lambda x, i=i: x[i:i + 1]), mask[i:i + 1], [1, 2],
+                       OF_LAYERS) for i in range(len(LENGTHS))]
         other = {name: torch.cat([row[name] for row in rows]) for name in whole}
     else:
         back = torch.argsort(order)
-        moved = distil(changed(s, lambda x: x[order]), changed(t, lambda x: x[order]), mask[order], [1, 2])
+        moved = distil(changed(s, lambda x: x[order]), changed(t, lambda x: x[order]), mask[order], [1, 2], OF_LAYERS)
         other = {name: value[back] for name, value in moved.items()}
     for name in whole:  # only the order of float32 sums may differ
         torch.testing.assert_close(whole[name], other[name], rtol=1e-5, atol=0)
@@ -140,41 +144,113 @@ def test_groups_are_read_and_faults_are_said():
             layer_map(wrong, 4, 12)
 
 
-def direct(s: Trace, t: Trace, mask: torch.Tensor, groups: list, common: int | None) -> dict:
-    """Every term in float64, row by row, every score built."""
-    def heads(x, row, n):
-        parts = x[row].double().transpose(0, 1).flatten(1)  # (L, H d)
-        return parts[:n].unflatten(-1, (common or x.shape[1], -1)).transpose(0, 1)
+def direct(s: Trace, t: Trace, mask: torch.Tensor, groups: list, common: int | None, padded: bool = False) -> dict:
+    """Every term in float64, row by row, every score built; `padded` as TinyBERT's code has it: keys masked, queries not."""
+    def heads(part, row):
+        every = part[row].double().transpose(0, 1).flatten(1)  # (L, H d)
+        return every.unflatten(-1, (common or part.shape[1], -1)).transpose(0, 1)
 
-    def hidden(m, n, row, length):
-        return ((s.hidden[m][row, :length].double() - t.hidden[n][row, :length].double()) ** 2).mean()
+    def products(x, first, second, i, row):
+        a, b = heads(getattr(x, first)[i], row), heads(getattr(x, second)[i], row)
+        return a @ b.mT / a.shape[-1] ** 0.5
 
-    def attention(m, n, row, length):
-        def scores(x, i):
-            q, k = heads(x.queries[i], row, length), heads(x.keys[i], row, length)
-            return q @ k.mT / q.shape[-1] ** 0.5
-        return ((scores(s, m - 1) - scores(t, n - 1)) ** 2).mean()
+    def pair(kind, m, n, row, length):
+        counted = mask.shape[1] if padded else length
+        if kind in ("embedding", "hidden", "cosine"):
+            a, b = (x.hidden[i][row, :counted].double() for x, i in ((s, m), (t, n)))
+            cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+            return (1 - cosine if kind == "cosine" else (a - b) ** 2).mean()
+        first, second = {"attention": "qk"}.get(kind, kind)
+        names = {"q": "queries", "k": "keys", "v": "values"}
+        own, its = (products(x, names[first], names[second], i - 1, row)[:, :counted] for x, i in ((s, m), (t, n)))
+        if kind == "attention":
+            return (((own - its) ** 2) * mask[row]).sum() / own.shape[0] / counted**2
+        log_s, log_t = (torch.log_softmax(x[:, :, :length], -1) for x in (own, its))
+        return (log_t.exp() * (log_t - log_s)).sum(-1).mean()
 
     out = {}
-    for name in term_names(groups, TERMS):
+    for name in term_names(groups, OF_LAYERS):
         kind, _, m = name.partition("/")
         m = int(m or 0)
         chosen = [groups[m - 1]] if m and isinstance(groups[m - 1], int) else groups[m - 1] if m else [0]
-        term = attention if kind == "attention" else hidden
-        rows = [sum(term(m, n, row, length) for n in chosen) / len(chosen) for row, length in enumerate(LENGTHS)]
+        rows = [sum(pair(kind, m, n, row, length) for n in chosen) / len(chosen) for row, length in enumerate(LENGTHS)]
         out[name] = torch.stack(rows)
     return out
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("groups", [[1, 3], [(1, 2), (3,)], [(), (2, 3)]], ids=str)
 @pytest.mark.parametrize("heads, of_s, of_t", [(None, (3, 8), (3, 8)), (6, (3, 8), (4, 6)), (2, (3, 8), (3, 4))], ids=str)
-def test_every_term_and_map_is_the_direct_one(groups, heads, of_s, of_t):
+def test_every_term_and_map_is_the_direct_one(groups, heads, of_s, of_t, padded):
     s, t, mask = made(2, 10, *of_s, 1), made(3, 10, *of_t, 2), real()
-    got, want = distil(s, t, mask, groups, relation_heads=heads), direct(s, t, mask, groups, heads)
-    assert list(got) == list(want) == term_names(groups, TERMS)
+    got = distil(s, t, mask, groups, OF_LAYERS, relation_heads=heads, padded=padded)
+    want = direct(s, t, mask, groups, heads, padded)
+    assert list(got) == list(want) == term_names(groups, OF_LAYERS)
     for name in want:  # scores are some tens squared: where the widths differ, 1e-6 of that
-        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=1e-4 if "attention" in name else 1e-6)
-    assert list(distil(s, t, mask, groups, ("hidden",), heads)) == [name for name in want if "hidden" in name]
+        torch.testing.assert_close(got[name].double(), want[name], rtol=2e-6, atol=1e-4 if "attention" in name else 2e-6)
+    assert list(distil(s, t, mask, groups, ("hidden",), relation_heads=heads)) == [name for name in want if "hidden" in name]
+
+
+def test_relations_of_long_rows_and_their_gradients_are_the_direct_ones():
+    """More rows than a tile, the last one not full; and no tensor of L x L in either pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                self.most = max(self.most, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    length, g = 4 * TILE - 7, torch.Generator().manual_seed(3)
+    sa, sb, ta, tb = (torch.randn(2, 3, length, d, generator=g) for d in (4, 4, 8, 8))
+    mask = torch.arange(length) < torch.tensor([[length], [TILE + 5]])
+    sa.requires_grad_(), sb.requires_grad_()
+    with Largest() as watch:
+        got = relation_kl(sa, sb, ta, tb, mask, mask)
+        got.sum().backward()
+    assert 0 < watch.most <= 2 * 3 * length * TILE < 2 * 3 * length * length / 3
+    own = [x.detach().double().requires_grad_() for x in (sa, sb)]
+    for row, n in enumerate((length, TILE + 5)):
+        log_s, log_t = (torch.log_softmax(a[row, :, :n] @ b[row, :, :n].mT / a.shape[-1] ** 0.5, -1)
+                        for a, b in (own, (ta.double(), tb.double())))
+        want = (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+        torch.testing.assert_close(got[row].double(), want, rtol=1e-5, atol=0)
+        want.backward()
+    for mine, its in zip((sa, sb), own, strict=True):
+        torch.testing.assert_close(mine.grad.double(), its.grad, rtol=0, atol=1e-5 * its.grad.abs().max().item())
+
+
+def test_words_are_means_over_a_rows_masked_positions():
+    g = torch.Generator().manual_seed(4)
+    labels = torch.full((3, 6), -100)
+    labels[0, 1], labels[0, 4], labels[2, 5] = 3, 0, 7
+    s, t = torch.randn(3, 9, generator=g), torch.randn(3, 9, generator=g)
+    s64, t64, given = s.double().log_softmax(-1), t.double(), labels[labels >= 0]
+    ce = -s64[range(3), given]
+    soft_s, soft_t = ((x / 2.0).log_softmax(-1) for x in (s.double(), t64))
+    kl = (soft_t.exp() * (soft_t - soft_s)).sum(-1) * 4
+    for kind, each in (("mlm", ce), ("soft_mlm", kl)):
+        want = torch.stack([each[:2].mean(), torch.zeros((), dtype=torch.double), each[2]])  # the middle row has none
+        torch.testing.assert_close(word_loss(kind, s, t, labels, 2.0).double(), want, rtol=1e-6, atol=1e-7)
+    traces = [Trace((), (), (), (), logits) for logits in (s, t)]
+    got = distil(*traces, labels > -200, [], ("mlm", "soft_mlm"), labels_BL=labels)
+    assert list(got) == ["mlm", "soft_mlm"] and torch.equal(got["mlm"], word_loss("mlm", s, None, labels, 2.0))
+
+
+def test_balancing_divides_by_the_corrected_mean_of_the_steps_before():
+    running, means = torch.zeros(4), [[4.0, 0.5, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 0.0]]
+    assert balancing(running).tolist() == [1, 1, 1]
+    for n in range(1, 4):
+        running.lerp_(torch.tensor([*means[n - 1], 1.0]), 0.01)
+        decay = 0.99 ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
+        mean = (decay / decay.sum()) @ torch.tensor(means[:n], dtype=torch.float64)
+        torch.testing.assert_close(balancing(running)[:2].double(), 1 / mean[:2], rtol=1e-6, atol=0)
+        assert balancing(running)[2] == 1000  # of a term that is 0
+    terms = {"embedding": torch.tensor([1.0, 2.0]), "hidden/1": torch.tensor([10.0, 20.0])}
+    assert weighted(terms, {"embedding": 1.0, "hidden": 0.5}, torch.tensor([3.0, 2.0])).tolist() == [13.0, 26.0]
 
 
 def test_other_head_counts_are_refused_without_relation_heads():
@@ -187,8 +263,8 @@ def test_bf16_inputs_lose_no_more_than_their_rounding():
     """The loss of bf16 tensors is the float32 loss of the same numbers, bit for bit: nothing is computed in 16 bit."""
     s, t = (changed(made(2, 10, 3, 8, seed), lambda x: x.bfloat16()) for seed in (1, 2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = distil(s, t, real(), [1, 2])
-    want = distil(changed(s, lambda x: x.float()), changed(t, lambda x: x.float()), real(), [1, 2])
+        got = distil(s, t, real(), [1, 2], OF_LAYERS)
+    want = distil(changed(s, lambda x: x.float()), changed(t, lambda x: x.float()), real(), [1, 2], OF_LAYERS)
     assert all(torch.equal(got[name], want[name]) and got[name].dtype == torch.float32 for name in want)
 
 
@@ -205,5 +281,5 @@ def test_weights_by_layer():
         "embedding": 0.5, "hidden/1": 2.0, "hidden/2": 0.5, "attention/1": 3.0, "attention/2": 0.75}
     assert term_weights([(), (3,)], kinds, "equal") == {"embedding": 1.0, "hidden/2": 2.0, "attention/2": 3.0}
     for wrong in ("1,2", "eqaul", "1,2,-3", "1,2,.", ""):
-        with pytest.raises(ValueError, match="there are equal, inverse, and 3 numbers .* such as 1,1,1"):
+        with pytest.raises(ValueError, match="there are equal, inverse, balanced, and 3 numbers .* such as 1,1,1"):
             term_weights([1, 2], kinds, wrong)

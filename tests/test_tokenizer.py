@@ -10,7 +10,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from pretrain.encoder import Student
+from pretrain.student import Student
 from pretrain.export import export
 from shards import block
 from shards.build import main

@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from transformers import BertModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-from pretrain.encoder import ATTENTION, Student, load_teacher, model_config, trace  # noqa: E402
+from pretrain.encoder import ATTENTION, load_teacher, model_config, trace  # noqa: E402
 from pretrain.objective import TERMS, distil, layer_map, weighted  # noqa: E402
+from pretrain.student import Student  # noqa: E402
 from shards.block import read_manifest, read_shard  # noqa: E402
 from shards.stream import Stream  # noqa: E402
 

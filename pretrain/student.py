@@ -1,0 +1,90 @@
+"""The students: small BERTs over the teacher's vocabulary, and the weights they begin with."""
+
+import hashlib
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, BertModel
+
+from pretrain.encoder import ATTENTION, trace, with_head
+from pretrain.objective import Trace, one_layer_each
+from pretrain.projected import project
+from pretrain.recipe import Recipe, Shape
+
+
+class Student(nn.Module):
+    """A small BERT, and the projection of its hidden states to the teacher's width.
+
+    `projection`: `shared`, one Linear for the embedding output and every layer, as the reference code has it; `each`, one for
+    each of them; `auto`, shared where the widths differ, none where they agree.
+    """
+
+    def __init__(self, encoder: BertModel, teacher_width: int, projection: str = "auto"):
+        super().__init__()
+        width, layers = encoder.config.hidden_size, encoder.config.num_hidden_layers
+        self.encoder, self.projection = encoder, None
+        if projection == "each":
+            self.projection = nn.ModuleList(nn.Linear(width, teacher_width) for _ in range(layers + 1))
+        elif projection == "shared" or width != teacher_width:
+            self.projection = nn.Linear(width, teacher_width)
+
+    def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None, masked_BL: Tensor | None = None) -> Trace:
+        """The trace with hidden states of the teacher's width."""
+        traced = trace(self.encoder, ids, segments, real, masked_BL)
+        if self.projection is None:
+            return traced
+        each = self.projection if isinstance(self.projection, nn.ModuleList) else [self.projection] * len(traced.hidden)
+        return replace(traced, hidden=tuple(linear(h) for linear, h in zip(each, traced.hidden, strict=True)))
+
+
+def can_copy(shape: Shape, teacher) -> bool:
+    """Whether embeddings and layers of the teacher fit this student as they are."""
+    return (can_project(shape, teacher)
+            and (shape.hidden, shape.intermediate) == (teacher.hidden_size, teacher.intermediate_size))
+
+
+def can_project(shape: Shape, teacher) -> bool:
+    """Whether they can be cut to this student's widths."""
+    return (teacher.model_type == "bert" and shape.layers <= teacher.num_hidden_layers
+            and shape.heads == teacher.num_attention_heads
+            and shape.hidden <= teacher.hidden_size and shape.intermediate <= teacher.intermediate_size)
+
+
+def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, init: str, recipe: Recipe,
+                  rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:
+    """A new student over the teacher's vocabulary and positions.  `layers` is what objective.layer_map gives.
+
+    `init` is `random`, `teacher` (embeddings and the mapped layers copied) or `projected` (cut to width by what the teacher
+    computes on `rows`: ids, segments, real).  Random weights are BERT's own N(0, 0.02), drawn from (seed, name), so a student
+    has the same ones alone and beside others.
+    """
+    t = teacher.config
+    config = BertConfig(
+        vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate, hidden_act=getattr(t, "hidden_act", "gelu"), hidden_dropout_prob=recipe.dropout,
+        attention_probs_dropout_prob=recipe.dropout, max_position_embeddings=t.max_position_embeddings,
+        type_vocab_size=max(2, getattr(t, "type_vocab_size", 2)), layer_norm_eps=getattr(t, "layer_norm_eps", 1e-12),
+        pad_token_id=t.pad_token_id or 0)
+    config._attn_implementation = ATTENTION
+    draw = int.from_bytes(hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()[:8], "big") >> 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw)
+        encoder = with_head(BertForMaskedLM(config)) if recipe.labels else BertModel(config, add_pooling_layer=False)
+        student = Student(encoder, t.hidden_size, recipe.projection)
+        if student.projection is not None:
+            student.projection.apply(student.encoder._init_weights)
+        copied = one_layer_each(layers, t.num_hidden_layers)
+        if init == "projected":
+            project(student.eval().to(teacher.device), teacher, copied, *rows)
+    if init == "teacher":
+        source = {key: value.float() for key, value in teacher.state_dict().items()}
+        wanted = student.encoder.state_dict()
+        for key in wanted:
+            match = re.match(r"encoder\.layer\.(\d+)\.(.*)", key)
+            wanted[key] = source.get(f"encoder.layer.{copied[int(match[1])] - 1}.{match[2]}" if match else key, wanted[key])
+        student.encoder.load_state_dict(wanted)
+    if recipe.gradient_checkpointing:
+        encoder.activation_checkpointing_enable({"use_reentrant": False})  # the other kind loses the traces' gradients
+    return student.train()

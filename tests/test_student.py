@@ -1,0 +1,145 @@
+"""Students: their first weights, their projections, their heads."""
+
+import pytest
+import torch
+from test_encoder import SMALL_TEACHERS, batch, bert
+from transformers import AutoModelForMaskedLM
+
+from pretrain.encoder import load_teacher, trace
+from pretrain.objective import TERMS, distil, weighted
+from pretrain.recipe import Recipe, Shape
+from pretrain.student import build_student, can_copy, can_project
+
+
+def test_a_student_is_drawn_from_seed_and_name():
+    teacher, shape = bert(), Shape(layers=2, hidden=16, intermediate=24, heads=4)
+    torch.manual_seed(5)
+    one = build_student("tiny4", shape, teacher, [1, 3], init="random", recipe=Recipe())
+    torch.manual_seed(6)
+    same = build_student("tiny4", shape, teacher, [1, 3], init="random", recipe=Recipe())
+    other = build_student("tiny6", shape, teacher, [1, 3], init="random", recipe=Recipe())
+    for (name, a), b, c in zip(one.named_parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        if name.endswith("query.weight"):
+            assert not torch.equal(a, c) and abs(a.std().item() - 0.02) < 0.004
+
+
+def test_copied_layers_are_the_mapped_ones():
+    teacher, shape = bert(), Shape(layers=2, hidden=32, intermediate=48, heads=4)
+    assert can_copy(shape, teacher.config)
+    student = build_student("s", shape, teacher, [1, 3], init="teacher", recipe=Recipe())
+    assert student.projection is None
+    for mine, theirs in ((0, 0), (1, 2)):
+        for a, b in zip(student.encoder.encoder.layer[mine].parameters(), teacher.encoder.layer[theirs].parameters(),
+                        strict=True):
+            assert torch.equal(a, b)
+    ids, segments, real = batch()
+    assert torch.equal(student(ids, segments, real).hidden[1], trace(teacher.train(False), ids, segments, real).hidden[1])
+
+
+def test_hidden_states_are_projected_to_the_teachers_width():
+    shapes = [Shape(layers=2, hidden=hidden, intermediate=24, heads=4) for hidden in (16, 32)]
+    narrow, wide = (build_student("s", shape, bert(), [1, 3], init="random", recipe=Recipe()).eval() for shape in shapes)
+    rows = batch()
+    own, got = trace(narrow.encoder, *rows), narrow(*rows)
+    for mine, projected in zip(own.hidden, got.hidden, strict=True):
+        assert torch.equal(narrow.projection(mine), projected) and projected.shape[-1] == 32
+    assert (narrow.projection.bias == 0).all() and abs(narrow.projection.weight.std().item() - 0.02) < 0.004
+    assert wide.projection is None
+    assert torch.equal(wide(*rows).hidden[2], trace(wide.encoder, *rows).hidden[2])
+
+
+def test_groups_copy_their_last_layer():
+    teacher, shape = bert(), Shape(layers=3, hidden=32, intermediate=48, heads=4)
+    student = build_student("s", shape, teacher, [(1, 2), (), (3,)], init="teacher", recipe=Recipe())
+    for mine, theirs in ((0, 1), (1, 1), (2, 2)):
+        copied, source = student.encoder.encoder.layer[mine], teacher.encoder.layer[theirs]
+        assert torch.equal(copied.output.dense.weight, source.output.dense.weight)
+
+
+def test_each_layer_may_have_a_projection_of_its_own():
+    shape = Shape(layers=2, hidden=32, intermediate=24, heads=4)
+    rows, own = batch(), Recipe(projection="each")
+    student = build_student("s", shape, bert(), [1, 3], init="random", recipe=own).eval()
+    states, got = trace(student.encoder, *rows).hidden, student(*rows).hidden
+    assert len({projection.weight.flatten()[0].item() for projection in student.projection}) == 3
+    assert all(torch.equal(linear(h), p) for linear, h, p in zip(student.projection, states, got, strict=True))
+    shared = build_student("s", shape, bert(), [1, 3], init="random", recipe=Recipe(projection="shared")).eval()
+    assert torch.equal(shared.projection(trace(shared.encoder, *rows).hidden[1]), shared(*rows).hidden[1])
+
+
+@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
+def test_every_teachers_head_says_what_its_masked_lm_says(config, tmp_path):
+    ids, segments, real = batch(length=50)
+    ids[~real] = config.pad_token_id
+    torch.manual_seed(0)
+    whole = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+    whole.save_pretrained(tmp_path / "with")
+    whole.base_model.save_pretrained(tmp_path / "without")
+    masked = torch.zeros_like(real)
+    masked[0, 3], masked[2, 7:9] = True, True
+    model = load_teacher(str(tmp_path / "with"), torch.float32, torch.device("cpu"), head=True)
+    extra = {"token_type_ids": segments} if getattr(config, "type_vocab_size", 0) >= 2 else {}
+    want = whole(ids, attention_mask=real.long(), **extra).logits[masked]
+    got = trace(model, ids, segments, real, masked)
+    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.hidden[-1], trace(model, ids, segments, real).hidden[-1])
+    with pytest.raises(ValueError, match="its file lacks .* with a masked-LM head, such as .*write soft_mlm=0"):
+        load_teacher(str(tmp_path / "without"), torch.float32, torch.device("cpu"), head=True)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    teacher, shape = bert(), Shape(layers=2, hidden=16, intermediate=24, heads=4)
+    rows, gradients = batch(), []
+    with torch.no_grad():
+        t = trace(teacher.eval(), *rows)
+    for again in (False, True):
+        recipe = Recipe(gradient_checkpointing=again, qk=1.0)
+        student = build_student("s", shape, teacher, [1, 3], init="random", recipe=recipe).train()
+        assert student.encoder.is_activation_checkpointing == again
+        weighted(distil(student(*rows), t, rows[2], [1, 3], recipe.weights), recipe.weights).sum().backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def loss(student, teacher, layers, rows) -> float:
+    student.eval()
+    with torch.no_grad():
+        terms = distil(student(*rows), trace(teacher, *rows), rows[2], layers)
+        return weighted(terms, dict.fromkeys(TERMS, 1.0)).mean().item()
+
+
+def calibration(rows: int = 64):
+    return batch(rows, 40)
+
+
+def test_a_student_of_the_teachers_shape_is_projected_onto_the_teacher():
+    """Every target is then a linear function of what it is regressed on: what is left is what the ridge, 1 %, takes, squared."""
+    teacher, shape = bert().eval(), Shape(layers=3, hidden=32, intermediate=48, heads=4)
+    new = batch(8, 31)
+    random = build_student("s", shape, teacher, [1, 2, 3], init="random", recipe=Recipe())
+    fitted = build_student("s", shape, teacher, [1, 2, 3], init="projected", recipe=Recipe(), rows=calibration())
+    assert loss(fitted, teacher, [1, 2, 3], new) < 1e-3 * loss(random, teacher, [1, 2, 3], new)
+
+
+def test_projected_students_begin_closer_to_the_teacher():
+    """On rows they were not fitted to: than copied layers where some are left out, and than random weights where narrower."""
+    teacher, new = bert().eval(), batch(8, 31)
+    for shape, other in ((Shape(layers=2, hidden=32, intermediate=48, heads=4), "teacher"),
+                         (Shape(layers=2, hidden=16, intermediate=24, heads=4), "random")):
+        assert can_project(shape, teacher.config)
+        one, two = (build_student("s", shape, teacher, [1, 3], init=init, recipe=Recipe(), rows=calibration())
+                    for init in (other, "projected"))
+        assert loss(two, teacher, [1, 3], new) < 0.8 * loss(one, teacher, [1, 3], new)
+        again = build_student("s", shape, teacher, [1, 3], init="projected", recipe=Recipe(), rows=calibration())
+        assert all(torch.equal(a, b) for a, b in zip(two.parameters(), again.parameters(), strict=True))
+
+
+def test_what_cannot_be_projected():
+    teacher = bert().config
+    assert not can_project(Shape(layers=2, hidden=48, intermediate=48, heads=4), teacher)  # wider
+    assert not can_project(Shape(layers=2, hidden=32, intermediate=64, heads=4), teacher)
+    assert not can_project(Shape(layers=2, hidden=16, intermediate=24, heads=2), teacher)
+    assert not can_project(Shape(layers=4, hidden=16, intermediate=24, heads=4), teacher)
+    assert can_project(Shape(layers=2, hidden=16, intermediate=48, heads=4), teacher)
