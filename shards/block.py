@@ -14,7 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +61,6 @@ def id_type(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def position_type(row_length: int) -> type:
-    return np.uint8 if row_length <= 256 else np.uint16
-
-
 @contextmanager
 def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
     """Open `path` for writing so that it appears complete, on the disk, or not at all."""
@@ -90,28 +86,36 @@ class Shard:
     sha256: str
 
 
+def npy(array: np.ndarray) -> bytes:
+    whole = io.BytesIO()
+    np.save(whole, np.ascontiguousarray(array), allow_pickle=False)
+    return whole.getvalue()
+
+
+def write(path: Path, data: bytes) -> str:
+    """Write a file, whole or not at all -> its sha256."""
+    with written_whole(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_json(path: Path, value) -> None:
+    write(path, json.dumps(value, indent=1, default=lambda number: number.tolist()).encode())  # numpy's numbers and arrays
+
+
 def write_shard(path: Path, blocks: Iterable[Block]) -> Shard:
     """Write one tar, whole or not at all; the same blocks give the same bytes."""
     rows, tokens, whole = 0, 0, io.BytesIO()
     with tarfile.open(fileobj=whole, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, block in enumerate(blocks):
             for name in MEMBERS:
-                payload = io.BytesIO()
-                np.save(payload, np.ascontiguousarray(getattr(block, name)), allow_pickle=False)
+                data = npy(getattr(block, name))
                 member = tarfile.TarInfo(f"{number:05d}.{name}.npy")  # mtime 0, owner 0
-                member.size = payload.tell()
-                payload.seek(0)
-                tar.addfile(member, payload)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
             rows += block.rows
             tokens += len(block.ids)
-    return Shard(path.name, rows, tokens, len(whole.getbuffer()), _write(path, whole.getbuffer()))
-
-
-def _write(path: Path, data: bytes) -> str:
-    """Write a file -> its sha256."""
-    with written_whole(path) as file:
-        file.write(data)
-    return hashlib.sha256(data).hexdigest()
+    return Shard(path.name, rows, tokens, len(whole.getbuffer()), write(path, whole.getbuffer()))
 
 
 def shard_path(folder: Path, shard: Shard) -> Path:
@@ -174,18 +178,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     held_out: tuple[Shard, ...]  # rows of documents never trained on
     counts: dict  # what came out: documents, rates, lengths
-    vocabulary: str = ""  # sha256 of vocabulary.npy; empty where a build left none
-
-
-def write_vocabulary(folder: Path, flags: np.ndarray) -> str:
-    """Write vocabulary.npy -> its sha256.  uint8 a token id: 1 special + 2 begins a word + 4 may replace a masked token."""
-    whole = io.BytesIO()
-    np.save(whole, flags.astype(np.uint8), allow_pickle=False)
-    return _write(folder / "vocabulary.npy", whole.getbuffer())
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+    vocabulary: str = ""  # sha256 of vocabulary.npy, uint8 a token id: 1 special + 2 begins a word + 4 may replace a masked token
 
 
 def read_manifest(folder: str | Path) -> Manifest:

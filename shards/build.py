@@ -8,13 +8,11 @@ any number of workers, parts and machines writes the same bytes, and a killed bu
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -23,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from tqdm import tqdm
 
 from shards import block, pairs
@@ -37,67 +36,45 @@ LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), 
           "workers": (1, 999)}
 
 
-def _make_shard(task: tuple[str, list[int]]) -> None:
+def _make_shard(task: tuple[Path, int, int]) -> None:
     """Write one shard, then into .store its entry for the manifest and the counts of training rows."""
-    name, (first, last) = task
-    kind, _, number = name.partition("-")
-    settings, vocabulary, folder = (stored.WORKER[key] for key in ("settings", "vocabulary", "store"))
-    store, counts = stored.Store.opened(folder / "joined" / kind, block.id_type(vocabulary.size)), Counter()
+    entry, first, last = task
+    kind, _, number = entry.stem.partition("-")
+    settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
+    store, counts = stored.Store.opened(entry.parent / "joined" / kind, block.id_type(vocabulary.size)), Counter()
     draws = [stored.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
-    shard = block.write_shard(folder.parent / f"{name}.tar", blocks)
-    stored.write_json(folder / f"{name}.json", [asdict(shard), counts if kind == "train" else {}])
-
-
-def _tokenize(each: Callable, sources: list[Source], seed: int, part: Part, tally: Tally) -> list[Path]:
-    """Make this part's pieces -> the files of all."""
-    (part.store / "pieces").mkdir(exist_ok=True)
-    sizes, pieces, documents, tokens = [source.bytes for source in sources], [], 0, 0
-
-    def mine():
-        for number, piece in enumerate(stored.cut_pieces(sources, tally, seed)):
-            pieces.append(part.store / "pieces" / f"{number}.npz")
-            if part.makes(number, pieces[-1]):
-                yield pieces[-1], *piece
-
-    with tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
-        for found in each(stored.make_piece, mine()):
-            documents, tokens = documents + found[0], tokens + found[1]
-            bar.set_postfix_str(f"{documents:,} documents, {tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
-            bar.update(tally.read - bar.n)
-    return pieces
+    shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)
+    block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])
 
 
 def _run(settings, vocabulary: Vocabulary, sources: list[Source], part: Part, workers: int, tally: Tally) -> None:
-    """This part's work, in phases that wait for the other parts; `settings` is what the bytes depend on."""
-    store, joined = part.store, part.store / "joined"
+    """This part's work: pieces, then shards; one part joins each.  `settings` is what the bytes depend on."""
+    out, store, pieces, entries = part.store.parent, part.store, [], []
+    planned, sizes, documents, tokens = store / "joined" / "plan.json", [source.bytes for source in sources], 0, 0
     pool = ThreadPoolExecutor if workers == 1 else partial(ProcessPoolExecutor, mp_context=get_context("spawn"))  # no torch
-    with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings, store)) as pool:
-        each = partial(stored.in_order, pool, workers + 1)
-        if not joined.exists():
-            pieces = _tokenize(each, sources, settings.seed, part, tally)
-            part.wait(*(("pieces", pieces) if part.leads else ("the joined pieces", [joined])))
-        if part.leads:
-            with open(store / "joining", "ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # two parts by hand may come here at once
-                if not joined.exists():
-                    stored.join(store, pieces, settings, tally, block.id_type(vocabulary.size))
-            shutil.rmtree(store / "pieces", ignore_errors=True)
-        counts, tasks = json.loads((joined / "plan.json").read_text())
-        entries = [store / f"{name}.json" for name in tasks]
-        mine = [task for number, task in enumerate(tasks.items()) if part.makes(number, entries[number])]
+    with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
+        each = partial(stored.in_order, pool, workers + 2)
+        if not planned.exists():
+            mine = part.share(stored.cut_pieces(sources, tally, settings.seed, store / "pieces"), pieces)
+            total = None if None in sizes else sum(sizes)
+            with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
+                for found in each(stored.make_piece, mine):
+                    documents, tokens = documents + found[0], tokens + found[1]
+                    rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{documents:,} documents, {rate:,.0f} tokens/s")
+                    bar.update(tally.read - bar.n)
+            part.join("pieces", pieces, partial(stored.join, store, pieces, settings, tally, vocabulary.size), planned)
+        counts, shards = json.loads(planned.read_text())
+        mine = list(part.share(((store / f"{name}.json", *span) for name, span in shards.items()), entries))
         for _ in each(_make_shard, tqdm(mine, desc="rows", unit="shard", disable=None)):
             pass
-    if part.leads:
-        part.wait("shards", entries)
-        _finish(settings, vocabulary, store, counts, entries)
-    else:
-        part.wait("the manifest", [store.parent / "manifest.json"])
+    part.join("shards", entries, partial(_finish, settings, vocabulary, out, counts, entries), out / "manifest.json")
 
 
-def _finish(settings, vocabulary: Vocabulary, store: Path, counts: dict, entries: list[Path]) -> None:
+def _finish(settings, vocabulary: Vocabulary, out: Path, counts: dict, entries: list[Path]) -> None:
     """Write the manifest from what the shards left; its counts are those of the join and, over training rows, these."""
-    out, (shards, counted) = store.parent, zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
+    shards, counted = zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
     train, held = (tuple(block.Shard(**shard) for shard in shards if shard["name"].startswith(kind)) for kind in stored.DRAWS)
     found = sum(map(Counter, counted), Counter())
     of_one = found["rows"] - found["chunks_of_several"]
@@ -111,12 +88,12 @@ def _finish(settings, vocabulary: Vocabulary, store: Path, counts: dict, entries
     }
     for path in out.glob("*.part"):  # of killed workers
         path.unlink()
-    flags = vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace
-    block.write_manifest(out, block.Manifest(
+    flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)
+    block.write_json(out / "manifest.json", asdict(block.Manifest(
         format=block.FORMAT, tokenizer=vocabulary.stated(), settings=vars(settings), row_length=settings.row_length,
         mask_sets=settings.mask_sets, rows=found["rows"], tokens=found["tokens"], shards=train, held_out=held,
-        counts=counts, vocabulary=block.write_vocabulary(out, flags)))
-    shutil.rmtree(store)
+        counts=counts, vocabulary=block.write(out / "vocabulary.npy", block.npy(flags)))))
+    shutil.rmtree(out / ".store")
 
 
 def _is_built(out: Path, settings) -> bool:
@@ -157,10 +134,10 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, part: st
     with share.held():
         try:
             if share.leads:
-                stored.write_json(store / "settings.json", vars(settings))
+                block.write_json(store / "settings.json", vars(settings))
             _run(settings, vocabulary, sources, share, workers, Tally(on_error == "skip"))
         finally:
-            if share.of == 1 and not (store / "joined").exists() and not any(store.glob("pieces/*.npz")):
+            if share.of == 1 and not (store / "joined/plan.json").exists() and not any(store.glob("pieces/*.npz")):
                 shutil.rmtree(store, ignore_errors=True)  # nothing to go on with
                 if not any(out.iterdir()):
                     out.rmdir()

@@ -45,21 +45,6 @@ def untokenized(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Document:
-    """Units of text as read, and what is still to do with them."""
-
-    units: list[str]  # paragraphs, or sentences
-    split: bool  # units are to be split into sentences
-    spaced: bool  # in token form
-
-    def sentences(self) -> list[str]:
-        units = [untokenized(unit) for unit in self.units] if self.spaced else self.units
-        if self.split:
-            units = [sentence for unit in units for sentence in segment("en", unit)]
-        return [sentence for unit in units if (sentence := unit.strip())]
-
-
 @dataclass
 class Tally:
     """What reading met, in the process that reads."""
@@ -94,9 +79,23 @@ class Form:
     gutenberg: bool = False
 
     def __str__(self) -> str:
-        kind, end = SAYS[self.kind]
+        what, end = SAYS[self.kind]
         ends = {"text": end, "row": "a row is a document", "run": f"{RUN:,} rows are a document"}[self.ends]
-        return f"{kind}, {ends}" + ", token spacing undone" * self.spaced + ", Project Gutenberg's text left out" * self.gutenberg
+        return f"{what}, {ends}" + ", token spacing undone" * self.spaced + ", Project Gutenberg's text left out" * self.gutenberg
+
+
+@dataclass(frozen=True)
+class Document:
+    """Paragraphs or sentences as read, and the form that says what is still to do with them."""
+
+    units: list[str]
+    form: Form
+
+    def sentences(self) -> list[str]:
+        units = [untokenized(unit) for unit in self.units] if self.form.spaced else self.units
+        if self.form.kind != "lines":
+            units = [sentence for unit in units for sentence in segment("en", unit)]
+        return [sentence for unit in units if (sentence := unit.strip())]
 
 
 def survey(lines: Iterable[str], sentences: str, ends: str = "text") -> Form:
@@ -160,7 +159,7 @@ def documents_in(form: Form, texts: Iterator[str], tally: Tally) -> Iterator[Doc
         for unit in chain(_units(form, lines, tally.counts), [None]):
             if units and (unit is None or size + len(unit) > LARGEST):
                 tally.counts["cut_documents"] += unit is not None
-                yield Document(units, form.kind != "lines", form.spaced)
+                yield Document(units, form)
                 units, size = [], 0
             if unit:
                 units.append(unit)

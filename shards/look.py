@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.block import Manifest, read_manifest, read_shard
+from shards.tokenizer import auto_tokenizer, fingerprint
 
 
 def summary(folder: Path, manifest: Manifest) -> str:
@@ -30,18 +31,14 @@ def summary(folder: Path, manifest: Manifest) -> str:
 
 def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None) -> str:
     """`place` is SHARD:N, the name with or without .tar, N from 0."""
-    from tokenizers import Tokenizer
-
-    from shards.tokenizer import open_tokenizer
-
     name, _, number = place.rpartition(":")
     shards = {shard.name.removesuffix(".tar"): shard for shard in manifest.shards + manifest.held_out}
     shard = shards.get(name.removesuffix(".tar"))
     if shard is None or not number.isdecimal() or int(number) >= shard.rows:
         raise ValueError(f"--row {place}: give SHARD:N, such as train-00000:0 to train-00000:{manifest.shards[0].rows - 1}")
-    vocabulary = open_tokenizer(tokenizer or manifest.tokenizer["name"])
-    if vocabulary.fingerprint != manifest.tokenizer["fingerprint"]:
-        raise ValueError(f"tokenizer {vocabulary.name}: not the one of these shards; give {manifest.tokenizer['name']}'s")
+    opened, theirs = auto_tokenizer(tokenizer or manifest.tokenizer["name"]), manifest.tokenizer
+    if fingerprint(opened) != theirs["fingerprint"]:
+        raise ValueError(f"tokenizer {tokenizer or theirs['name']}: not the one of these shards; give {theirs['name']}'s")
     block, row = read_shard(folder, shard), int(number)
     end, first = int(block.lengths[:row + 1].sum(dtype=np.int64)), int(block.first[row])
     ids = block.ids[end - int(block.lengths[row]):end]
@@ -50,10 +47,9 @@ def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None
     for mask_set, (end, count) in enumerate(zip(ends[:, row], block.mask_counts[:, row].astype(int), strict=True)):
         shown[f"set {mask_set}"] = ids.copy()
         shown[f"set {mask_set}"][block.mask_positions[end - count:end]] = block.mask_ids[end - count:end]
-    decode = Tokenizer.from_str(vocabulary.json).decode
     label = "one segment" if first == len(ids) else "random B" if block.is_random[row] else "B follows A"
     return "\n".join([f"{shard.name} row {row}: {len(ids)} tokens, {label}",
-                      *(f"{name:8}{decode(part.tolist(), skip_special_tokens=False)}" for name, part in shown.items())])
+                      *(f"{name:8}{opened.backend_tokenizer.decode(part.tolist(), False)}" for name, part in shown.items())])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,8 @@
 """Tokenized documents -> blocks of NSP rows with masks, as in BERT and TinyBERT: pure functions of (tokens, Generator).
 
-A segment is consecutive sentences of one document, so in the store's flat ids it is a slice, also after truncation: a
-row is four integers until its block is gathered.  Unlike TinyBERT's pregeneration the target length is drawn for every
-row and second segments come from the whole corpus.  Letters: R rows, T tokens, W words, P masked positions of all rows.
+A segment is a slice of the store's flat ids, also after truncation: a row is four integers until its block is gathered.
+Unlike TinyBERT's pregeneration the target length is drawn for every row and second segments come from the whole corpus.
+Letters: R rows, T tokens, W words, P masked positions of all rows.
 """
 
 from bisect import bisect_left
@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from shards.block import BLOCK_ROWS, Block, position_type
+from shards.block import BLOCK_ROWS, Block
 from shards.store import Store
 from shards.tokenizer import Vocabulary
 
 SHORT_ROWS = 0.1  # share of rows that aim at a length drawn from 2 to the full one (BERT: short_seq_prob)
 RANDOM_NEXT = 0.5
 MASK_PROB = 0.15
-Draw = Callable[[int, np.ndarray], np.ndarray]  # (purpose 0 to 2, places in the flat ids) -> uint32 of chance for each place
 
 
 def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Generator) -> list[tuple]:
@@ -44,12 +43,11 @@ def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Gen
 
 def cut_documents(store: Store, first: int, last: int, capacity: int, one_segment: bool,
                   rng: np.random.Generator) -> np.ndarray:
-    """All rows of the documents first to last - 1, each document as often as its copies.
+    """All rows of the documents first to last - 1, each as often as its copies.
 
-    Columns: document, first sentence, end of A, end of the chunk, target, is B random.  Where the store holds a single
-    document, pairs are true ones and a chunk of one sentence is a row of one segment.
+    Columns: document, first sentence, end of A, end of the chunk, target, is B random.
     """
-    second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"
+    second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"  # no other document to draw from
     table = []
     for document in range(first, last):
         start, end = store.documents[document:document + 2].tolist()
@@ -64,15 +62,14 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
 def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table.
 
-    Random second segments come from the whole store; B is empty in a row of one segment.  BERT drops one token at a time from
-    the longer segment (B where equal), front or back by a coin: here in one go.
+    B is empty in a row of one segment.  BERT drops one token at a time from the longer segment (B where equal), front or
+    back by a coin: here in one go.
     """
     document, i, a_last, j, target, is_random = table.T
     a_start, a_end, b_start, b_end = (store.sentences[index] for index in (i, a_last, a_last, j))
-    where = np.flatnonzero(is_random)
-    room = (target - a_end + a_start)[where]
-    b_start[where], b_end[where] = _random_segments(store, document[where], room, rng)
-    a, b = a_end - a_start, b_end - b_start
+    a, where = a_end - a_start, np.flatnonzero(is_random)
+    b_start[where], b_end[where] = _random_segments(store, document[where], (target - a)[where], rng)
+    b = b_end - b_start
     excess = np.maximum(a + b - capacity, 0)
     uneven = np.minimum(excess, abs(a - b))
     a_cut = np.where(a > b, uneven, 0) + (excess - uneven) // 2
@@ -81,8 +78,7 @@ def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Gen
     return np.stack([a_start + a_front, a_end - a_cut + a_front, b_start + b_front, b_end - b_cut + b_front]), excess
 
 
-def _random_segments(store: Store, own: np.ndarray, room: np.ndarray,
-                     rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _random_segments(store: Store, own: np.ndarray, room: np.ndarray, rng: np.random.Generator) -> tuple:
     """Token slices that start at a sentence drawn evenly from all copies of all documents but the `own` one of each.
 
     They end with their document or at the first sentence end that fills `room` tokens, one sentence at least.
@@ -104,14 +100,14 @@ def _runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def _gathered(store: Store, spans: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids T, lengths R, first R) of `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]` where B is empty."""
-    sizes = spans[1::2] - spans[::2]
+    starts, sizes = spans[::2], spans[1::2] - spans[::2]
     first = sizes[0] + 2
     lengths = first + sizes[1] + (sizes[1] > 0)
     begin = np.cumsum(lengths) - lengths
     ids = np.full(lengths.sum(), vocabulary.sep, store.ids.dtype)
     ids[begin] = vocabulary.cls
-    to = np.stack([begin + 1, begin + first])
-    ids[_runs(to.T.ravel(), sizes.T.ravel())] = store.ids[_runs(spans[::2].T.ravel(), sizes.T.ravel())]
+    to, starts, sizes = (both.T.ravel() for both in (np.stack([begin + 1, begin + first]), starts, sizes))
+    ids[_runs(to, sizes)] = store.ids[_runs(starts, sizes)]
     return ids, lengths, first
 
 
@@ -130,12 +126,13 @@ def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_wo
     return starts, np.diff(edges)[inside], np.repeat(np.arange(len(lengths)), of_row)
 
 
-def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Draw, row_length: int):
+def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Callable, row_length: int):
     """One mask set of at most BLOCK_ROWS rows: (counts R, positions in their rows P, ids that stand there P).
 
-    `found` is what words() gave.  A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length
-    (BERT's max_predictions: 20 of 128).  Its words come in random order; one that would exceed the budget is skipped.
-    80 % become [MASK], 10 % stay, 10 % become any id that may replace.
+    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place.
+    A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length (BERT's max_predictions: 20 of 128).
+    Its words come in random order; one that would exceed the budget is skipped.  80 % become [MASK], 10 % stay, 10 % become
+    any id that may replace.
     """
     budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)
     taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))
@@ -178,6 +175,7 @@ def make_blocks(store: Store, first: int, last: int, vocabulary: Vocabulary, set
     """The documents first to last - 1 as blocks with independent mask sets; `counts` gains what came out."""
     capacity = settings.row_length - (2 if settings.one_segment else 3)
     table = cut_documents(store, first, last, capacity, settings.one_segment, for_rows)
+    position = np.min_scalar_type(settings.row_length - 1)
 
     def draw(_: int, places: np.ndarray) -> np.ndarray:
         return for_masks.integers(2**32, size=len(places), dtype=np.uint32)
@@ -190,10 +188,8 @@ def make_blocks(store: Store, first: int, last: int, vocabulary: Vocabulary, set
         sets = [masked(found, ids, lengths, vocabulary, draw, settings.row_length) for _ in range(settings.mask_sets)]
         per_row, positions, new = zip(*sets, strict=True)
         is_random, several = rows[:, 5], rows[:, 3] - rows[:, 1] > 1  # the chunk has two sentences or more
-        yield Block(
-            ids=ids, lengths=lengths.astype(np.uint16), first=first_segment.astype(np.uint16),
-            is_random=is_random.astype(np.uint8), mask_counts=np.stack(per_row).astype(np.uint16),
-            mask_positions=np.concatenate(positions).astype(position_type(settings.row_length)), mask_ids=np.concatenate(new))
+        yield Block(ids, lengths.astype(np.uint16), first_segment.astype(np.uint16), is_random.astype(np.uint8),
+                    np.stack(per_row).astype(np.uint16), np.concatenate(positions).astype(position), np.concatenate(new))
         counts.update(rows=len(lengths), tokens=len(ids), truncated_tokens=truncated.sum(), masked_tokens=sum(map(len, new)),
                       chunks_of_several=several.sum(), random=is_random.sum(), random_of_several=is_random[several].sum())
         store.let_go()

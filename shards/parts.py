@@ -6,7 +6,7 @@ Ranks that a launcher started (RANK, WORLD_SIZE) wait for one another; parts tha
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,19 +39,12 @@ class Part:
 
     @property
     def leads(self) -> bool:
-        """May join the pieces and write the manifest: the first rank, or by hand whoever finds all there."""
+        """Does what one part does for all: the first rank, or by hand whoever comes there."""
         return self.number == 1 or not self.waits
-
-    def makes(self, number: int, path: Path) -> bool:
-        """Whether a file is this part's to make: every N-th, where it is not there yet."""
-        return number % self.of + 1 == self.number and not path.exists()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the store, whole or as one part, but not for workers: a killed build's is free at once.
-
-        The part's own file grows while it lives and ends with its error.
-        """
+        """Lock the store, whole or as one part.  The part's own file grows while it lives and ends with its error."""
         with open(self.store / "lock", "ab") as lock, open(self.store / f"part-{self.number}", "ab", 0) as mine:
             try:
                 fcntl.flock(lock, (fcntl.LOCK_EX if self.of == 1 else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -60,7 +53,12 @@ class Part:
                 raise ValueError(f"--out {self.store.parent}: another build is writing there; wait, or give another") from None
             mine.truncate(0)
             ended = Event()
-            Thread(target=_beat, args=(mine, ended), daemon=True).start()
+
+            def beat() -> None:
+                while not ended.wait(BEAT):
+                    mine.write(b".")
+
+            Thread(target=beat, daemon=True).start()
             try:
                 yield
             except BaseException as error:
@@ -69,12 +67,27 @@ class Part:
             finally:
                 ended.set()
 
-    def wait(self, what: str, paths: list[Path]) -> None:
+    def share(self, tasks: Iterable[tuple], files: list[Path]) -> Iterator[tuple]:
+        """This part's tasks: every N-th whose file is not there yet.  A task begins with its file; `files` gains all."""
+        for number, task in enumerate(tasks):
+            files.append(task[0])
+            if number % self.of + 1 == self.number and not task[0].exists():
+                yield task
+
+    def join(self, what: str, files: list[Path], make: Callable[[], None], result: Path) -> None:
+        """Return when `result` is there, which the part that leads makes of all files."""
+        if not self.leads:
+            return self.wait(f"the joined {what}", [result])
+        with open(self.store / "joining", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two parts by hand may come here at once
+            if not result.exists():
+                self.wait(what, files)
+                make()
+
+    def wait(self, what: str, files: list[Path]) -> None:
         """Return when all files are there.  Unfinished for a part by hand; ValueError where another failed or is gone."""
         seen = {}  # by part: what its file held, and since when, by this machine's clock
-        left = list(enumerate(paths))
-        while left := [(number, path) for number, path in left if not path.exists()]:
-            others = sorted({number % self.of + 1 for number, _ in left})
+        while others := sorted({number % self.of + 1 for number, file in enumerate(files) if not file.exists()}):
             if not self.waits:
                 raise Unfinished(f"{what} of others are missing: run --part {others[0]}/{self.of} next")
             if not seen:
@@ -90,8 +103,3 @@ class Part:
                     raise ValueError(f"part {other}/{self.of} is gone: no sign of it for {LOST:g} s; start all again {words}")
                 seen[other] = sign, since if sign == before else now
             time.sleep(POLL)
-
-
-def _beat(file, ended: Event) -> None:
-    while not ended.wait(BEAT):
-        file.write(b".")

@@ -1,8 +1,7 @@
 """The tokenized corpus on disk, from which rows are drawn.
 
-Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each.  When
-all are there they are joined into flat files, one set for training and one for held-out documents, read through memory
-maps: they grow with the corpus, memory does not.
+Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
+joined into flat files for training and for held-out documents, read through memory maps: memory does not grow with them.
 """
 
 import json
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, count, islice
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -24,7 +23,7 @@ from threading import Thread
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import id_type, written_whole
+from shards.block import id_type, write_json, written_whole
 from shards.corpus import Document, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
@@ -65,7 +64,7 @@ class Store:
 WORKER = {}  # what a worker process keeps between tasks: set once, by start_worker
 
 
-def start_worker(vocabulary: Vocabulary, settings, store: Path) -> None:
+def start_worker(vocabulary: Vocabulary, settings) -> None:
     if parent := parent_process():
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
@@ -75,21 +74,22 @@ def start_worker(vocabulary: Vocabulary, settings, store: Path) -> None:
         token["special"] = token["content"] != vocabulary.unk
     tokenizer = Tokenizer.from_str(json.dumps(model))
     tokenizer.encode_special_tokens = True  # where the text itself says [SEP] it is text; only the unknown token is found
-    WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings, store=store)
+    WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings)
 
 
 def in_order(pool, ahead: int, function: Callable, tasks: Iterable) -> Iterator:
     """Results in the order of the tasks, at most `ahead` of them waiting."""
-    waiting = deque()
-    for task in tasks:
-        waiting.append(pool.submit(function, task))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+    submitted = (pool.submit(function, task) for task in tasks)
+    waiting = deque(islice(submitted, ahead))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(islice(submitted, 1))
 
 
-def cut_pieces(sources: list[Source], tally: Tally, seed: int) -> Iterator[tuple[int, list]]:
-    """Pieces in order: the number of a source, and (document, copies) of consecutive documents of it."""
+def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> Iterator[tuple[Path, int, list]]:
+    """Pieces in order: a file for each, the number of its source, and (document, copies) of consecutive documents of it."""
+    folder.mkdir(exist_ok=True)
+    files = (folder / f"{number}.npz" for number in count())
     for number, source in enumerate(sources):
         drawn, (whole, part) = chance(seed, COPIES, number), divmod(source.weight, 1)
         piece, chars = [], 0
@@ -100,10 +100,10 @@ def cut_pieces(sources: list[Source], tally: Tally, seed: int) -> Iterator[tuple
                 piece.append((document, copies))
                 chars += sum(map(len, document.units))
             if chars >= PIECE_CHARS:
-                yield number, piece
+                yield next(files), number, piece
                 piece, chars = [], 0
         if piece:
-            yield number, piece
+            yield next(files), number, piece
 
 
 def _hashed(sentences: list[str]) -> int:
@@ -123,8 +123,7 @@ def make_piece(task: tuple[Path, int, list[tuple[Document, int]]]) -> tuple[int,
     ids = np.fromiter(chain.from_iterable(encoded), id_type(WORKER["vocabulary"].size), int(lengths.sum()))
     of_document = np.repeat(np.arange(len(split)), [len(sentences) for sentences in split])
     table = np.zeros(len(split), DOCUMENT)
-    table["sentences"] = np.bincount(of_document, lengths > 0, len(split))
-    table["tokens"] = np.bincount(of_document, lengths, len(split))
+    table["sentences"], table["tokens"] = (np.bincount(of_document, each, len(split)) for each in (lengths > 0, lengths))
     table["copies"], table["source"] = [copies for _, copies in piece], source
     if WORKER["settings"].dedup:
         table["hash"] = [_hashed(sentences) for sentences in split]
@@ -141,11 +140,6 @@ def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray
         return np.zeros(len(there), bool)
     drawn = np.where(there, chance(seed, HELD_OUT, 0).random(len(there)), 1.0)
     return drawn < max(share, np.nextafter(drawn.min(), 1))
-
-
-def write_json(path: Path, value) -> None:
-    with written_whole(path) as file:
-        file.write(json.dumps(value, default=lambda number: number.tolist()).encode())  # numpy's numbers and arrays
 
 
 def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
@@ -171,28 +165,25 @@ def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[s
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
 
 
-def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: type) -> None:
-    """Lay all pieces end to end as STORE/joined/{train,held}, with plan.json: what was counted, and the shards to be made.
-
-    A duplicate has no copies, a held-out document one.  A document takes some 60 bytes of memory here.
-    """
-    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined.part"
+def join(store: Path, pieces: list[Path], settings, tally: Tally, vocab_size: int) -> None:
+    """Lay all pieces end to end as STORE/joined/{train,held}; plan.json, written last: what was counted, what is to be made."""
+    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], store / "joined"
     for path in pieces:
         with np.load(path) as piece:
             tables.append(piece["documents"])
             counts.update(dict(zip(("dropped_empty", "unknown_tokens"), piece["counts"].tolist(), strict=True)))
-    table = np.concatenate(tables)
+    table = np.concatenate(tables)  # in all some 60 bytes of memory a document
     if settings.dedup:
         again = np.ones(len(table), bool)
         again[np.unique(table["hash"], return_index=True)[1]] = False  # the first of each stays
-        table["copies"][again] = 0
+        table["copies"][again] = 0  # a duplicate has none
         counts["dropped_duplicate"] = np.count_nonzero(again)
     kept = table["copies"] > 0
     held = held_out_documents(kept, settings.held_out, settings.seed)
     table["copies"][held] = 1
     weights = table["tokens"] * table["copies"].astype(np.int64)
     try:
-        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(kind_of_id).itemsize)
+        tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(id_type(vocab_size)).itemsize)
     except ValueError:
         shutil.rmtree(store / "pieces")  # nothing to go on with: other settings or other text are another build
         raise
@@ -204,7 +195,7 @@ def join(store: Path, pieces: list[Path], settings, tally: Tally, kind_of_id: ty
     shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
               for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
     write_json(folder / "plan.json", [dict(counts, bad=tally.bad, sources=shares), tasks])
-    folder.rename(store / "joined")
+    shutil.rmtree(store / "pieces")
 
 
 def _lay(folder: Path, table: np.ndarray, chosen: np.ndarray, pieces: list[Path]) -> None:

@@ -44,29 +44,27 @@ def _fast(slow):
     """The fast form of a Python tokenizer over a SentencePiece model.  ValueError where a probe gets other ids."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
 
     proto = ModelProto.FromString(slow.sp_model.serialized_model_proto())
     trained, rules = proto.trainer_spec, proto.normalizer_spec
-    ids = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
-    control = [piece.piece for piece in proto.pieces if piece.type == piece.CONTROL]
-    after = slow.convert_ids_to_tokens(range(len(ids), len(slow)))
-    scores = [piece.score for piece in proto.pieces]
+    scores = {piece.piece: piece.score for piece in proto.pieces}
+    own, control = ([piece.piece for piece in proto.pieces if piece.type == kind] for kind in (4, 3))  # a user's; <s> and such
+    after = slow.convert_ids_to_tokens(range(len(scores), len(slow)))
     if trained.model_type == trained.UNIGRAM:
-        model = models.Unigram([*zip(ids, scores)], unk_id=slow.sp_model.unk_id(), byte_fallback=trained.byte_fallback)
+        model = models.Unigram([*scores.items()], unk_id=slow.sp_model.unk_id(), byte_fallback=trained.byte_fallback)
     elif trained.model_type == trained.BPE:
-        learned = sorted((piece for piece in proto.pieces if piece.type == piece.NORMAL), key=lambda piece: -piece.score)
-        cuts = [(piece.piece[:at], piece.piece[at:]) for piece in learned for at in range(1, len(piece.piece))]
-        model = models.BPE(ids, [cut for cut in cuts if ids.keys() >= {*cut}], unk_token=slow.unk_token, fuse_unk=True,
+        ids = {piece: number for number, piece in enumerate(scores)}
+        model = models.BPE(ids, generate_merges(ids, scores, {*own, *control}), unk_token=slow.unk_token, fuse_unk=True,
                            byte_fallback=trained.byte_fallback, ignore_merges=bool(own))
     else:
         raise ValueError("its SentencePiece model has words or characters, not unigram or BPE pieces")
-    charsmap = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     blanks = {"^ +| +$": "", " {2,}": " "} if rules.remove_extra_whitespaces else {}
-    replaced = [normalizers.Replace(Regex(old), new) for old, new in (blanks | {" ": "\u2581"}).items()]
-    first = [normalizers.Prepend("\u2581")] if rules.add_dummy_prefix else []
+    steps += [normalizers.Replace(Regex(old), new) for old, new in (blanks | {" ": "\u2581"}).items()]
+    steps += [normalizers.Prepend("\u2581")] if rules.add_dummy_prefix else []
     backend = Tokenizer(model)
-    backend.normalizer = normalizers.Sequence([*charsmap, *replaced, *first])
+    backend.normalizer = normalizers.Sequence(steps)
     if own:  # what a user defined is cut out of the text first, then found whole (ignore_merges)
         longest_first = sorted(map(re.escape, own), key=len, reverse=True)
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(longest_first)), "isolated")
@@ -74,7 +72,7 @@ def _fast(slow):
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in (*control, *after)])
     for text in (PROBE, f"  {' a'.join(own)}{''.join(own)}b {PROBE.lower()} "):
         ours, its = backend.encode(text).ids, slow.encode(text, add_special_tokens=False)
-        gap = sum(scores[number] for number in ours) - sum(scores[number] for number in its)
+        gap = sum(proto.pieces[number].score for number in ours) - sum(proto.pieces[number].score for number in its)
         if ours != its and (trained.model_type == trained.BPE or abs(gap) > 1e-3):  # else a tie: SentencePiece adds in float32
             raise ValueError("its SentencePiece model has no fast form with the same ids")
     if slow.cls_token and slow.sep_token:
@@ -134,18 +132,6 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps([pairs, roles, probe]).encode()).hexdigest()
 
 
-def _begins_word(tokens: list[str], model: dict) -> np.ndarray:
-    """bool a token: WordPiece marks what continues (##), SentencePiece and byte-level BPE what begins.
-
-    Under the latter punctuation alone begins a word too, as in BERT; digits, bytes (<0x0A>) and user-defined pieces do not.
-    """
-    if prefix := model.get("continuing_subword_prefix"):
-        return np.array([not token.startswith(prefix) for token in tokens])
-    marked = max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum)
-    alone = [set(token) <= set(string.punctuation) for token in tokens]
-    return np.logical_or(marked, alone) if any(marked) else np.ones(len(tokens), bool)  # whole words bear no mark
-
-
 def open_tokenizer(name: str) -> Vocabulary:
     """Open a folder, SentencePiece file or hub name.  ValueError, one line, says what to give instead."""
     tokenizer = auto_tokenizer(str(name))
@@ -162,10 +148,15 @@ def open_tokenizer(name: str) -> Vocabulary:
     model = json.loads(backend.to_str())
     if (model["pre_tokenizer"] or {}).get("type") == "ByteLevel":
         model["pre_tokenizer"]["add_prefix_space"] = True  # sentences are laid end to end: a word begins each
+    if prefix := model["model"].get("continuing_subword_prefix"):  # WordPiece marks what continues a word,
+        begins = np.array([not token.startswith(prefix) for token in tokens])
+    else:  # SentencePiece and byte-level BPE what begins one; so does punctuation alone, as in BERT, but no digits or bytes
+        begins = np.array(max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum))
+        alone = [set(token) <= set(string.punctuation) for token in tokens]
+        begins = begins | alone if begins.any() else ~begins  # whole words bear no mark
     return Vocabulary(
         name=str(name), json=json.dumps(model), size=len(tokens), **roles, unk=tokenizer.unk_token,
         added={token_of[number]: number for number in sorted(token_of) if number > last},
-        fingerprint=fingerprint(tokenizer), special=special,
-        begins_word=_begins_word(tokens, model["model"]) | special,
+        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special,
         may_replace=~special & np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens]),
     )

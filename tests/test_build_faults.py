@@ -57,8 +57,8 @@ def small(tmp_path_factory, tokenizer_folder):
 MOMENTS = {
     "first piece": lambda store: any(store.glob("pieces/*.npz")),
     "many pieces": lambda store: len(list(store.glob("pieces/*.npz"))) > 40,
-    "joining": lambda store: (store / "joined.part").exists() or (store / "joined").exists(),
-    "joined": lambda store: (store / "joined").exists(),
+    "joining": lambda store: (store / "joined").exists(),
+    "joined": lambda store: (store / "joined/plan.json").exists(),
     "some rows": lambda store: len(list(store.glob("train-*.json"))) > 4,
 }
 

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def random_shards(folder: Path, shards: int = 96) -> None:
                 counts, (1 + 5 * spread).astype(np.uint8), np.full(counts.sum(), 103, np.uint16)))
         listed.append(block.write_shard(folder / f"train-{number:05d}.tar", blocks))
     flags = np.where(np.arange(WORDS) < 1000, 1 | 2, 4 | 2 * (np.arange(WORDS) % 3 > 0))
-    block.write_manifest(folder, block.Manifest(
+    block.write_json(folder / "manifest.json", asdict(block.Manifest(
         format=block.FORMAT, tokenizer={"pad": 0, "mask": 103}, settings={"masking": "whole-word"}, row_length=LENGTH,
         mask_sets=3, rows=sum(s.rows for s in listed), tokens=sum(s.tokens for s in listed), shards=tuple(listed), held_out=(),
-        counts={}, vocabulary=block.write_vocabulary(folder, flags)))
+        counts={}, vocabulary=block.write(folder / "vocabulary.npy", block.npy(flags.astype(np.uint8))))))
 
 
 def rates(folder: Path, mask: str, batch: int, world: int, most: int) -> tuple[float, float, float]:
