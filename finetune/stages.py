@@ -18,7 +18,7 @@ from finetune import data, distill, report
 from finetune.distill import fit, half, mean
 from pretrain.encoder import load_teacher, model_config
 from pretrain.objective import TERMS, layer_map
-from shards.block import written_whole
+from shards.block import write
 from shards.tokenizer import auto_tokenizer
 
 
@@ -137,8 +137,7 @@ class Run:
         found = {"models": report.figures(opened, dev), "data": self.given.data, "device": device, "train_rows": len(self.train),
                  "dev_rows": len(self.dev), "seed": self.seed, "settings": asdict(self.settings), "stages": records}
         for name, content in (("report.md", report.text(found)), ("report.json", json.dumps(found, indent=2) + "\n")):
-            with written_whole(self.out / name) as file:
-                file.write(content.encode())
+            write(self.out / name, content.encode())
         return report.text(found)
 
 

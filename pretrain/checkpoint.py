@@ -17,7 +17,7 @@ from torch import nn
 from pretrain.engine import Engine
 from pretrain.ranks import Ranks
 from pretrain.recipe import NOT_LEARNED
-from shards.block import written_whole
+from shards.block import write, write_json
 
 KEEP = 3  # newest good checkpoints that stay
 
@@ -56,15 +56,13 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict, keep_every: in
         raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
     files = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
              for path in sorted(part.rglob("*")) if path.is_file()}
-    with written_whole(part / "manifest.json") as file:
-        file.write(json.dumps({**facts, "files": files}, indent=1).encode())
+    write_json(part / "manifest.json", {**facts, "files": files})
     sync(part, *part.rglob("*"))
     shutil.rmtree(tag, ignore_errors=True)  # a damaged one of the same step
     part.rename(tag)
     sync(tag.parent)
     verified(tag)
-    with written_whole(tag.parent / "latest") as file:
-        file.write(tag.name.encode())
+    write(tag.parent / "latest", tag.name.encode())
     older = [(step, old) for step, old in _tags(tag.parent).items() if step <= facts["step"]]  # newer ones are damaged
     for step, old in older[KEEP:]:
         if not keep_every or step % keep_every:

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pretrain.ranks import Ranks
-from shards.block import written_whole
+from shards.block import write, write_json
 
 
 class Monitor:
@@ -21,11 +21,9 @@ class Monitor:
         self.lines = out / "metrics.jsonl"
         lines = self.lines.read_text().splitlines(keepends=True) if first and self.lines.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]  # a kill can halve one
-        with written_whole(self.lines) as file:
-            file.write("".join(kept).encode())
+        write(self.lines, "".join(kept).encode())
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1 if first else 0)
-        with written_whole(out / "run.json") as file:
-            file.write(json.dumps(about, indent=1).encode())
+        write_json(out / "run.json", about)
         self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, file=sys.stderr,
                         mininterval=1.0, delay=0.1)  # the start-up lines stand before it
 
