@@ -1,5 +1,6 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,13 @@ def read_tsv(path: Path) -> list[Pair]:
             raise ValueError(f"{where}: an empty {'sentence' if question.strip() else 'question'}")
         pairs.append(Pair(question, sentence, LABELS.index(label)))
     return pairs
+
+
+def write_tsv(path: Path, numbers: list[int], pairs: list[Pair]) -> None:
+    """What read_tsv reads, a number beside each row as its index; a text's tabs and line ends become spaces."""
+    rows = [[str(number), pair.question, pair.sentence, LABELS[pair.label]] for number, pair in zip(numbers, pairs, strict=True)]
+    lines = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) for row in [["index", *Pair._fields], *rows]]
+    path.write_bytes("\n".join([*lines, ""]).encode())
 
 
 def _glue() -> tuple[list[Pair], list[Pair]]:

@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, Student, longest_row, model_config, trace
-from pretrain.objective import distil, weighted
+from pretrain.encoder import ATTENTION, Student, longest_row, model_config
+from pretrain.objective import TERMS, Trace, distil, weighted
 from pretrain.plan import fastest_dtype
 from shards.tokenizer import auto_tokenizer, fingerprint, plain
 
@@ -40,6 +41,15 @@ def reorder(model: nn.Module, order: list[int]) -> None:
     head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
 
 
+def from_file(kind, name: str | Path, **more):
+    """`kind.from_pretrained`; what it lets through is a ValueError of one line."""
+    try:
+        return kind.from_pretrained(name, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason, what = str(error).partition("\n")[0], "masked LM" if "Masked" in kind.__name__ else "classifier"
+        raise ValueError(f"model {str(name)!r}: does not open as a {what} ({reason})") from error
+
+
 def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A classifier in eval mode over the model of a folder or hub name, its outputs in LABELS' order (unnamed: as they are).
 
@@ -51,26 +61,22 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: to
     config.problem_type = "single_label_classification"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:  # a head of another task's size is replaced; every other tensor's size follows from the config
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=ATTENTION, ignore_mismatched_sizes=names is None)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"model {str(name)!r}: does not open as a classifier ({reason})") from error
+        model = from_file(  # a head of another task's size is replaced; every other tensor's size follows from the config
+            AutoModelForSequenceClassification, name, config=config, dtype=dtype, attn_implementation=ATTENTION,
+            ignore_mismatched_sizes=names is None)
     if names and names != UNNAMED:
         reorder(model, [names.index(label) for label in LABELS])
     return model.to(device).eval()
 
 
 def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) -> Student:
-    """A classifier's encoder; its projection to another width is that of general distillation where it fits, or drawn."""
+    """A classifier; its projection to another width is that of general distillation where it fits, or drawn."""
     path = Path(name) / "projection.safetensors"
-    found = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(model.base_model, teacher_width).to(model.device).eval()
-    if student.projection is not None:
-        wanted = student.projection.state_dict()
+        student = Student(model, teacher_width).to(model.device).eval()
+    if student.projection is not None and path.is_file():
+        found, wanted = load_file(path), student.projection.state_dict()
         if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:
             student.projection.load_state_dict(found)
             print("  projection to the teacher's width: from general distillation")
@@ -113,42 +119,49 @@ def lowered(device: torch.device):
 
 
 @torch.inference_mode()
-def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device) -> Tensor:
-    """What a function of a batch gives for every row, in the order of the rows -> (rows, ...) float32."""
-    given = [(batch.rows, function(batch.to(device)).float().cpu()) for batch in rows.batches(BATCH, torch.Generator())]
+def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device, low: bool = False) -> Tensor:
+    """What a function of a batch gives for every row, in their order -> (rows, ...) float32; `low`: as training computes."""
+    with lowered(device) if low else nullcontext():
+        given = [(batch.rows, function(batch.to(device)).float().cpu()) for batch in rows.batches(BATCH, torch.Generator())]
     numbers, values = map(torch.cat, zip(*given, strict=True))
     return values[numbers.argsort()]
 
 
-def mean(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device) -> float:
-    """The mean over rows that are not trained on, computed as training computes."""
-    with lowered(device):
-        return each_row(function, rows, device).double().mean().item()
+def soft_loss(s_BC: Tensor, t_BC: Tensor, settings) -> Tensor:
+    """KL(teacher || student) of logits at a temperature, summed over labels, no T^2 -> (B,).
 
-
-def gold_loss(model: nn.Module, batch: BatchEncoding) -> Tensor:
-    """Cross-entropy against the labels of the data."""
-    return F.cross_entropy(logits(model, batch), batch.labels, reduction="none")
-
-
-def prediction_loss(teacher: nn.Module, temperature: float, student: nn.Module, batch: BatchEncoding) -> Tensor:
-    """KL(teacher || student) at a temperature, summed over labels (TinyBERT eq. 10 less the teacher's entropy); no T^2."""
-    with torch.inference_mode():
-        wanted = logits(teacher, batch)
-    s_BC, t_BC = (F.log_softmax(logits_BC / temperature, -1) for logits_BC in (logits(student, batch), wanted))
+    `prediction=tinybert`: cross-entropy, mean over labels, as its code has it: half the gradient where there are two.
+    """
+    s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in (s_BC, t_BC))
+    if settings.prediction == "tinybert":
+        return -(t_BC.exp() * s_BC).mean(-1)
     return F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1)
 
 
-def layer_loss(teacher: nn.Module, layers: list[int], weights: dict, student: Student, batch: BatchEncoding) -> Tensor:
-    """Embeddings, hidden states and attention scores against the teacher's: pretrain's objective on task rows."""
-    real = batch.attention_mask.bool()
-    with torch.inference_mode():
-        wanted = trace(teacher, batch.input_ids, batch.token_type_ids, real)
-    return weighted(distil(student(batch.input_ids, batch.token_type_ids, real), wanted, real, layers), weights)
+def answers(model: Student, batch: BatchEncoding, traced: bool) -> tuple[Tensor, Trace | None]:
+    """Logits (B, C) float32 of a classifier and, of the same pass, its trace where that is wanted."""
+    if not traced:
+        return logits(model.encoder, batch), None
+    said = []
+    with model.encoder.register_forward_hook(lambda *given: said.append(given[2].logits.float())):  # removed behind it
+        found = model(batch.input_ids, batch.token_type_ids, batch.attention_mask.bool())
+    return said[0], found
+
+
+def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
+    """The weighted sum of pretrain's layer terms, of `soft` predictions and of `hard` labels (cross-entropy) -> (B,)."""
+    kinds = {kind: weights[kind] for kind in TERMS if weights.get(kind)}
+    s_BC, s = answers(student, batch, bool(kinds))
+    loss = weights.get("hard", 0.0) * F.cross_entropy(s_BC, batch.labels, reduction="none")
+    if teacher:
+        with torch.inference_mode():
+            t_BC, t = answers(teacher, batch, bool(kinds))
+        loss = loss + weights.get("soft", 0.0) * soft_loss(s_BC, t_BC, settings)
+    return loss + weighted(distil(s, t, batch.attention_mask.bool(), layers, kinds), kinds) if kinds else loss
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
-        measure: Callable[[], float]) -> list[dict]:
+        measure: Callable[[], float], layered: bool = False) -> list[dict]:
     """Train the model in place; after each epoch `measure()` looks at dev rows.  Gives a line of figures an epoch.
 
     The model ends with the weights of the epoch of the best dev accuracy; a student's layers with those of the last.
@@ -165,7 +178,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            model.train(stage != "layers")  # hidden states are matched value by value: dropout would be noise in both
+            model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
             for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):
                 with lowered(device):

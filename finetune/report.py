@@ -62,6 +62,11 @@ def text(report: dict) -> str:
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     rows = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     table = "\n".join(f"| {row} |" for row in rows)
+    made = report["stages"].get("augment", {}).get("figures")
+    words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
+             "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
+             ).format_map(made) if made else ""
     return (f"# QNLI\n\n{table}\n\nAccuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
-            f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. Sentences/s "
-            f"(rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on {report['device']}.\n")
+            f"{report['train_rows']:,} training rows{words}, seed {report['seed']}, method {report['settings']['method']}. "
+            f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
+            f"{report['device']}.\n")

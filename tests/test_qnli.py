@@ -146,7 +146,7 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["batch=0"], "batch=0: must be a number of at least 1"),
     (["temperature=0"], "temperature=0.0: must be above 0"),
     (["min_teacher=2"], "min_teacher=2.0: a share, from 0 to 1"),
-    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, gold)"),
+    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, joint, gold)"),
     (["length=65"], "length=65: these models read at most 64 tokens; write length=64"),
     (["--data", "gleu"], "data 'gleu': no such folder; give one with train.tsv and dev.tsv, or glue"),
     (["--data", "{place}"], "train.tsv: no such file; a QNLI folder holds train.tsv and dev.tsv"),
