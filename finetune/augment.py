@@ -4,10 +4,12 @@ Changed are words of three or more lower-case letters and nothing else, so that 
 and special tokens stay; but none in STOP, and none that is, with a capital, a name elsewhere in its row.
 """
 
+import csv
 import re
 from collections.abc import Iterator
 
 import numpy as np
+import pandas
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -28,12 +30,12 @@ same shall she should some such than that the their them themselves then there t
 very was were what when where whether which while who whom whose why will with within without would you your yours""".split())
 
 
-def places(pair: Pair, special: list[str]) -> list[list[tuple[int, int, str]]]:
-    """(start, end, word) of every word that may change: of the question's, of the sentence's."""
+def places(pair: Pair, special: list[str]) -> list[list[tuple[str, int, int, str]]]:
+    """(text, start, end, word) of every word that may change: of the question's, of the sentence's."""
     pattern = "|".join([*map(re.escape, special), r"[\w'’-]+"])
-    found = [[(*match.span(), match[0]) for match in re.finditer(pattern, text)] for text in pair[:2]]
-    left = STOP.union(word.lower() for words in found for _, _, word in words[1:] if not word.islower())
-    return [[place for place in words if len(word := place[2]) > 2 and word.isalpha() and word.islower() and word not in left]
+    found = [[(text, *match.span(), match[0]) for match in re.finditer(pattern, text)] for text in pair[:2]]
+    left = STOP.union(place[3].lower() for words in found for place in words[1:] if not place[3].islower())
+    return [[place for place in words if len(word := place[3]) > 2 and word.isalpha() and word.islower() and word not in left]
             for words in found]
 
 
@@ -41,8 +43,8 @@ def whole_words(name: str) -> dict[int, str]:
     """The pieces of a vocabulary that are words of lower-case letters, by ascending id."""
     vocabulary, ids = open_tokenizer(name), auto_tokenizer(name).get_vocab()
     fit = vocabulary.begins_word & vocabulary.may_replace
-    words = {ids[token]: token.lstrip("\u2581\u0120") for token in sorted(ids, key=ids.get) if fit[ids[token]]}
-    return {number: word for number, word in words.items() if word.isalpha() and word.islower()}
+    words = [(ids[token], token.lstrip("\u2581\u0120")) for token in sorted(ids, key=ids.get) if fit[ids[token]]]
+    return {number: word for number, word in words if word.isalpha() and word.islower()}
 
 
 def open_mlm(name: str) -> nn.Module:
@@ -55,16 +57,15 @@ def open_mlm(name: str) -> nn.Module:
 
 
 @torch.inference_mode()
-def likely(model: nn.Module, name: str, texts: dict[str, set[tuple]], k: int) -> dict[tuple[str, int], list[str]]:
-    """The model's k likeliest whole words for each word (start, end, word) of one piece, by (text, start).
+def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple[str, int], list[str]]:
+    """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece, by (text, start).
 
-    It reads the text with that word masked and, as the reference code has it, the text as it is for a second segment; both
-    are cut alike to the model's length, and a word behind the cut has no answer.
+    It reads the text with that word masked and, as the reference code has it, the text as it is; a word behind the cut of
+    both to the model's length has no answer.
     """
     tokenizer, words, answers = auto_tokenizer(name), whole_words(name), {}
     mask, single, allowed = tokenizer.mask_token, {*words.values()}, torch.tensor(list(words), device=model.device)
-    asked = sorted(((text, *place) for text, found in texts.items() for place in found if place[2] in single
-                    and mask not in text), key=lambda one: (len(one[0]), one))
+    asked = sorted((one for one in asked if one[3] in single and mask not in one[0]), key=lambda one: (len(one[0]), one))
     for some in (asked[n:n + BATCH] for n in range(0, len(asked), BATCH)):
         batch = tokenizer([f"{text[:start]}{mask}{text[end:]}" for text, start, end, _ in some], [text for text, *_ in some],
                           truncation=True, max_length=longest_row(model.config), padding=True, return_token_type_ids=True,
@@ -80,17 +81,16 @@ def likely(model: nn.Module, name: str, texts: dict[str, set[tuple]], k: int) ->
 
 def read_glove(path: str) -> dict[str, Tensor]:
     """The vector (width,) float32 of each word of a text file whose lines are a word and its numbers."""
-    vectors, number = {}, 1
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in zip(range(1, GLOVE_WORDS + 1), file):
-                word, *numbers = line.rstrip().split(" ")
-                vectors[word] = torch.tensor([float(x) for x in numbers])
-                if not len(numbers) == len(next(iter(vectors.values()))) > 0 or not vectors[word].isfinite().all():
-                    raise ValueError(f"not as many finite numbers as the first line has ({len(numbers)})")
+        table = pandas.read_csv(path, sep=" ", header=None, index_col=0, quoting=csv.QUOTE_NONE, nrows=GLOVE_WORDS,
+                                dtype={0: str}, keep_default_na=False, skip_blank_lines=False)
+        vectors = table.apply(pandas.to_numeric, errors="coerce").to_numpy(np.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(f"glove {path}, line {number}: {error}; each line must be a word and its numbers") from None
-    return vectors
+        raise ValueError(f"glove {path}: {error}; each line must be a word and its numbers") from None
+    if not vectors.size or not np.isfinite(vectors).all():
+        line = 1 + int(np.isfinite(vectors).all(1).argmin())
+        raise ValueError(f"glove {path}, line {line}: each line must be a word and as many numbers as the first line has")
+    return dict(zip(table.index, torch.tensor(vectors), strict=True))
 
 
 def near(known: dict[str, Tensor], choice: dict[str, Tensor], k: int) -> dict[str, list[str]]:
@@ -124,17 +124,12 @@ def new_rows(pairs: list[Pair], options: list[tuple], settings, seed: int) -> It
 
 
 def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: int, mlm: str | None, glove: str | None) -> tuple:
-    """Numbers of origins, new rows with their origins' labels, and where the words came from.
-
-    `name` is the teacher's folder; its input embeddings give neighbours where there is no GloVe file.
-    """
-    tokenizer, k, texts = auto_tokenizer(name), settings.augment_k, {}
+    """Numbers of origins, new rows with their origins' labels, where the words came from; `name` is the teacher's folder."""
+    tokenizer, k = auto_tokenizer(name), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
-    for pair, sides in zip(pairs, found, strict=True):
-        for text, words in zip(pair[:2], sides, strict=True):
-            texts.setdefault(text, set()).update(words)
-    answers = likely(open_mlm(mlm).to(teacher.device), mlm, texts, k) if mlm else {}
-    rest = sorted(word for text, words in texts.items() for start, _, word in words if (text, start) not in answers)
+    asked = {place for sides in found for words in sides for place in words}
+    answers = likely(open_mlm(mlm).to(teacher.device), mlm, asked, k) if mlm else {}
+    rest = sorted(word for text, start, _, word in asked if (text, start) not in answers)
     if glove:
         table = read_glove(glove)
         known = {word: table[word] for word in rest if word in table}
@@ -144,11 +139,10 @@ def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: 
         known = {word: table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in dict.fromkeys(rest)}
         choice = {word: table_VD[number] for number, word in whole_words(name).items()}
     close = near(known, choice, k)
-    options = [[[(start, end, choice) for start, end, word in words if (choice := answers.get((text, start)) or close.get(word))]
-                for text, words in zip(pair[:2], sides, strict=True)] for pair, sides in zip(pairs, found, strict=True)]
-    rows = list(new_rows(pairs, options, settings, seed))
-    if not rows:
+    options = [[[(start, end, choice) for text, start, end, word in words
+                 if (choice := answers.get((text, start)) or close.get(word))] for words in sides] for sides in found]
+    if not (rows := list(new_rows(pairs, options, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
     return *map(list, zip(*rows, strict=True)), {
-        "mlm": mlm or "no masked LM", "words_by_mlm": len(answers),
-        "neighbours": glove or "the teacher's input embeddings", "words_by_neighbours": sum(word in close for word in rest)}
+        "mlm": mlm or "no masked LM", "words_by_mlm": len(answers), "neighbours": glove or "the teacher's input embeddings",
+        "words_by_neighbours": sum(word in close for word in rest)}

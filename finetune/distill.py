@@ -1,4 +1,4 @@
-"""Classifiers with our labels in our order, and the losses and the loop that train teacher, layers and predictions.
+"""Classifiers with our labels in our order, and the loss and the loop that train teacher, layers and predictions.
 
 Letters: B rows, C labels.  A batch is what finetune.data.Rows.batch gives; a loss is one number a row (B,).
 """
@@ -7,7 +7,6 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,9 +19,9 @@ from transformers import AutoModelForSequenceClassification, BatchEncoding, get_
 
 from finetune.data import LABELS, Rows
 from pretrain.encoder import ATTENTION, Student, longest_row, model_config
-from pretrain.objective import TERMS, Trace, distil, weighted
+from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
-from shards.tokenizer import auto_tokenizer, fingerprint, plain
+from shards.tokenizer import auto_tokenizer, fingerprint
 
 UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
 BATCH = 128  # rows of an evaluation's batch; changes no figure
@@ -51,10 +50,7 @@ def from_file(kind, name: str | Path, **more):
 
 
 def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A classifier in eval mode over the model of a folder or hub name, its outputs in LABELS' order (unnamed: as they are).
-
-    What the model has no weights for (pooler, head) is drawn from the seed.
-    """
+    """A classifier in eval mode, its outputs in LABELS' order (unnamed: as they are); missing weights are drawn from the seed."""
     config = copy.deepcopy(model_config(str(name)))
     names = output_names(config)
     config.id2label, config.label2id = dict(enumerate(LABELS)), {label: n for n, label in enumerate(LABELS)}
@@ -102,79 +98,57 @@ def logits(model: nn.Module, batch: BatchEncoding) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).logits.float()
 
 
-def save(model: nn.Module, tokenizer, folder: Path) -> None:
-    """A folder that transformers opens by itself, the tokenizer with no truncation or padding stored in it."""
-    model.save_pretrained(folder)  # transformers leaves the attention's name out of config.json
-    plain(tokenizer).save_pretrained(folder)
-
-
 def half() -> torch.dtype:
     """Of autocast and of a teacher's weights: bfloat16 where the hardware multiplies it."""
     return torch.bfloat16 if fastest_dtype() == "bf16" else torch.float32
 
 
-def lowered(device: torch.device):
-    """Autocast to `half`; no context at all where that is float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half() != torch.float32)
+def lowered(device: torch.device, wanted: bool = True):
+    """Autocast to `half`; no change where that is float32, or it is not wanted."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and half() != torch.float32)
 
 
 @torch.inference_mode()
 def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device, low: bool = False) -> Tensor:
     """What a function of a batch gives for every row, in their order -> (rows, ...) float32; `low`: as training computes."""
-    with lowered(device) if low else nullcontext():
+    with lowered(device, low):
         given = [(batch.rows, function(batch.to(device)).float().cpu()) for batch in rows.batches(BATCH, torch.Generator())]
     numbers, values = map(torch.cat, zip(*given, strict=True))
     return values[numbers.argsort()]
 
 
-def soft_loss(s_BC: Tensor, t_BC: Tensor, settings) -> Tensor:
-    """KL(teacher || student) of logits at a temperature, summed over labels, no T^2 -> (B,).
-
-    `prediction=tinybert`: cross-entropy, mean over labels, as its code has it: half the gradient where there are two.
-    """
-    s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in (s_BC, t_BC))
-    if settings.prediction == "tinybert":
-        return -(t_BC.exp() * s_BC).mean(-1)
-    return F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1)
-
-
-def answers(model: Student, batch: BatchEncoding, traced: bool) -> tuple[Tensor, Trace | None]:
-    """Logits (B, C) float32 of a classifier and, of the same pass, its trace where that is wanted."""
-    if not traced:
-        return logits(model.encoder, batch), None
-    said = []
-    with model.encoder.register_forward_hook(lambda *given: said.append(given[2].logits.float())):  # removed behind it
-        found = model(batch.input_ids, batch.token_type_ids, batch.attention_mask.bool())
-    return said[0], found
-
-
 def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
-    """The weighted sum of pretrain's layer terms, of `soft` predictions and of `hard` labels (cross-entropy) -> (B,)."""
-    kinds = {kind: weights[kind] for kind in TERMS if weights.get(kind)}
-    s_BC, s = answers(student, batch, bool(kinds))
-    loss = weights.get("hard", 0.0) * F.cross_entropy(s_BC, batch.labels, reduction="none")
+    """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,).
+
+    Soft: KL(teacher || student) at a temperature, summed over labels, no T^2; with `prediction=tinybert`, as its code has it,
+    cross-entropy and the mean over labels: half the gradient where there are two.
+    """
+    kinds, said, traces = {kind: weights[kind] for kind in TERMS if weights.get(kind)}, [], []
+    real = batch.attention_mask.bool()
+    for model in (student, teacher) if teacher else (student,):
+        hook = model.encoder.register_forward_hook(lambda *given: said.append(given[2].logits.float()))
+        with hook, torch.set_grad_enabled(model is student and torch.is_grad_enabled()):
+            traces.append(model(batch.input_ids, batch.token_type_ids, real) if kinds else logits(model.encoder, batch))
+    loss = weights.get("hard", 0.0) * F.cross_entropy(said[0], batch.labels, reduction="none")
     if teacher:
-        with torch.inference_mode():
-            t_BC, t = answers(teacher, batch, bool(kinds))
-        loss = loss + weights.get("soft", 0.0) * soft_loss(s_BC, t_BC, settings)
-    return loss + weighted(distil(s, t, batch.attention_mask.bool(), layers, kinds), kinds) if kinds else loss
+        s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in said)
+        soft = (-(t_BC.exp() * s_BC).mean(-1) if settings.prediction == "tinybert" else
+                F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))
+        loss = loss + weights.get("soft", 0.0) * soft
+    return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
         measure: Callable[[], float], layered: bool = False) -> list[dict]:
-    """Train the model in place; after each epoch `measure()` looks at dev rows.  Gives a line of figures an epoch.
-
-    The model ends with the weights of the epoch of the best dev accuracy; a student's layers with those of the last.
-    """
+    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
     figure = "dev_loss" if stage == "layers" else "dev_accuracy"
     order, each = torch.Generator().manual_seed(seed), math.ceil(len(rows.labels) / settings.batch)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # biases and LayerNorms
     optimizer = torch.optim.AdamW(groups, lr=getattr(settings, f"{stage}_lr"), fused=True)
-    rate = get_scheduler("constant" if stage == "layers" else "linear", optimizer, round(settings.warmup * epochs * each),
-                         epochs * each)
-    curve, kept = [], None
+    kind, steps, curve, kept = "constant" if stage == "layers" else "linear", epochs * each, [], None
+    rate = get_scheduler(kind, optimizer, round(settings.warmup * steps), steps)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
@@ -196,6 +170,5 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
             if stage != "layers" and curve[-1] is max(curve, key=lambda line: line[figure]):
                 kept = copy.deepcopy(model.state_dict())
-    if kept is not None:
-        model.load_state_dict(kept)
+    model.load_state_dict(kept or model.state_dict())
     return curve

@@ -1,6 +1,4 @@
-"""The QNLI stage: fine-tune the teacher, augment the rows, distil its layers and predictions into the student, report.
-
-The command line, and every number that changes what a run learns; light to import: torch comes after both are checked.
+"""The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked.
 
     python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue
 """
@@ -108,11 +106,11 @@ def main(argv: list[str] | None = None) -> int:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         import transformers
 
-        from finetune.stages import run_all
+        from finetune.stages import Run
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        text = run_all(given, settings)
+        text = Run(given, settings).run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

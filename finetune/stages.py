@@ -21,7 +21,7 @@ from pretrain.encoder import Student, check_trace, model_config
 from pretrain.objective import TERMS, layer_map
 from pretrain.recipe import did_you_mean
 from shards.block import written_whole
-from shards.tokenizer import auto_tokenizer
+from shards.tokenizer import auto_tokenizer, plain
 
 
 def sums(name: str | Path) -> dict[str, str] | str:
@@ -33,8 +33,7 @@ def sums(name: str | Path) -> dict[str, str] | str:
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
     """What stage.json in a folder says: inputs, figures, sha256 of each file.
 
-    Where the folder is not there, not whole or of other inputs, `make(part)` fills an empty one and gives its figures;
-    without `make` that is a ValueError.
+    Where that is not there, not whole or of other inputs, `make(part)` fills a folder and gives its figures; None: ValueError.
     """
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
@@ -92,7 +91,15 @@ class Run:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
-    def run(self, name: str) -> None:
+    def run(self) -> str:
+        """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
+        for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
+            if name == "report":
+                return self.report()
+            self.make(name)
+        return ""
+
+    def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
         models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}, "predictions": {}}
@@ -142,10 +149,9 @@ class Run:
         if names == distill.UNNAMED and accuracy() < 0.5:
             print("  its outputs have no names, and on dev rows LABEL_1 must be entailment: taken so")
             distill.reorder(model, [1, 0])
-        weights = {term: getattr(settings, term) for term in (*TERMS, "soft", "hard")[:5 if stage == "predictions" else 3]}
-        if not layered:
-            weights = {"soft" if stage == "predictions" else "hard": 1.0}
-        teacher = None if "hard" in weights and not layered else self.teacher()
+        terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
+        weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
+        teacher = self.teacher() if layered or "soft" in weights else None
         student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
         if layered:
             check_trace(teacher.encoder)
@@ -155,7 +161,8 @@ class Run:
             print(f"  {source} is a QNLI model already: not trained")
         curve = [] if stage == "teacher" and names else distill.fit(
             student, loss, train, settings, stage, self.seed, partial(mean, loss) if stage == "layers" else accuracy, layered)
-        distill.save(model, tokenizer, part)
+        model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
+        plain(tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
         if stage == "layers" and student.projection is not None:
             save_file(student.projection.state_dict(), part / "projection.safetensors")
         return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": accuracy()})
@@ -168,9 +175,8 @@ class Run:
             print(f"report: {path} is of these models and rows; skipped")
             return report.text(found)
         print("report: accuracy and speed", flush=True)
-        device = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32"
-        if self.device.type == "cuda":
-            device = f"{torch.cuda.get_device_name(self.device)}, bfloat16 autocast"
+        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
+                  f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
         names = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in records}
         opened = {full: distill.open_classifier(self.out / name, self.seed, self.device) for name, full in names.items()}
         dev = data.Rows(auto_tokenizer(str(self.out / "student")), self.dev, self.settings.length)
@@ -180,13 +186,3 @@ class Run:
             with written_whole(self.out / name) as file:
                 file.write(content.encode())
         return report.text(found)
-
-
-def run_all(given: Namespace, settings) -> str:
-    """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
-    run = Run(given, settings)
-    for name in run.plan[:1 + max(map(run.plan.index, run.wanted))]:
-        if name == "report":
-            return run.report()
-        run.run(name)
-    return ""

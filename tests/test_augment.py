@@ -42,12 +42,13 @@ def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None, glove=
 
 
 def places_of(texts):
-    return {text: set(augment.places(Pair(text, "", 0), [])[0]) for text in texts}
+    return {place for text in texts for place in augment.places(Pair(text, "", 0), [])[0]}
 
 
 def new_rows(pairs, words, seed=0, special=(), **settings):
     """The rows that come out where every word that may change has the same options."""
-    options = [[[(start, end, words) for start, end, _ in side] for side in augment.places(pair, [*special])] for pair in pairs]
+    options = [[[(start, end, words) for _, start, end, _ in side] for side in augment.places(pair, [*special])]
+               for pair in pairs]
     return list(augment.new_rows(pairs, options, Settings(**settings), seed))
 
 
@@ -91,14 +92,13 @@ def test_likely_words_are_those_of_the_whole_model_and_the_same_in_any_batch(pla
     model, tokenizer, words = augment.open_mlm(name), AutoTokenizer.from_pretrained(name), augment.whole_words(name)
     found = augment.likely(model, name, texts, 4)
     for (text, start), answer in found.items():
-        end = next(end for begin, end, _ in texts[text] if begin == start)
+        end = next(place[2] for place in texts if place[:2] == (text, start))
         inputs = tokenizer(f"{text[:start]}[MASK]{text[end:]}", text, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0, (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]]
         best = sorted(words, key=lambda number: -logits[number])[:4]
         assert answer == [words[number] for number in sorted(best)]
-    single = {(text, start) for text, found_places in texts.items() for start, _, word in found_places
-              if len(tokenizer.tokenize(word)) == 1}
+    single = {(text, start) for text, start, _, word in texts if len(tokenizer.tokenize(word)) == 1}
     assert found.keys() == single and len(single) > 20
     for batch in (1, 7):
         monkeypatch.setattr(augment, "BATCH", batch)
@@ -170,16 +170,25 @@ def test_words_come_from_the_teacher_the_file_or_the_model(place, teacher):
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"the 1 2\na 1\n", "line 2: not as many finite numbers as the first line has .1."),
-    (b"the 1 2\na 1 nan\n", "line 2: not as many finite numbers"),
-    (b"the 1 2\na 1 b\n", "line 2: could not convert string to float: 'b'"),
-    (b"the\n", "line 1: not as many finite numbers"),
-    (b"the 1\n\xff 1\n", "line 1: .*codec can't decode"),
+    (b"the 1 2\na 1\n", ", line 2: each line must be a word and as many numbers as the first line has"),
+    (b"the 1 2\na 1 nan\n", ", line 2: each line must be"),
+    (b"the 1 2\na 1 b\n", ", line 2: each line must be"),
+    (b"the 1 2\na 1 2 3\n", ": .*Expected 3 fields in line 2, saw 4"),
+    (b"the\n", ", line 1: each line must be"),
+    (b"", ": No columns to parse from file; each line must be"),
+    (b"the 1\n\xff 1\n", ": .*codec can't decode"),
 ])
-def test_a_bad_glove_file_names_file_and_line(tmp_path, text, says):
+def test_a_bad_glove_file_is_named_with_its_line(tmp_path, text, says):
     (tmp_path / "glove.txt").write_bytes(text)
-    with pytest.raises(ValueError, match=f"glove .*glove.txt, {says}.*; each line must be a word and its numbers"):
+    with pytest.raises(ValueError, match=f"glove .*glove.txt{says}"):
         augment.read_glove(str(tmp_path / "glove.txt"))
+
+
+def test_a_glove_file_is_read_as_it_stands(tmp_path):
+    (tmp_path / "glove.txt").write_text('the 1 -2\n" 0.5 3e-1\nnan 1 1\nnull 2 2\n')
+    read = augment.read_glove(str(tmp_path / "glove.txt"))
+    assert {word: vector.tolist() for word, vector in read.items()} == {
+        "the": [1, -2], '"': [0.5, pytest.approx(0.3)], "nan": [1, 1], "null": [2, 2]}
 
 
 def test_the_same_seed_gives_the_same_rows_and_a_row_does_not_depend_on_those_after_it(place, teacher):
@@ -226,7 +235,7 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     (["--stages", "layer"], "stages: 'layer' is none of this run; did you mean 'layers'?"),
     (["--stages", "augment"], "there are teacher, layers, predictions, report (augment with augment=20)"),
     (["--glove", "{place}/glove.txt"], "--mlm and --glove are for the augmentation; write augment=20"),
-    (["augment=1", "--glove", "{place}/none.txt"], "none.txt, line 1: [Errno 2] No such file"),
+    (["augment=1", "--glove", "{place}/none.txt"], "none.txt: [Errno 2] No such file"),
     (["augment=1", "augment_k=0"], "augment_k=0: must be a number of at least 1"),
     (["augment_p=1.5"], "augment_p=1.5: a share, from 0 to 1"),
 ])

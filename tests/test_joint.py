@@ -1,6 +1,7 @@
 """All that a student is taught at once (method=joint): the sum against its parts, one pass of each model, the run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_a_joint_run_makes_the_student_in_one_stage(place):
 
 def test_what_is_given_counts_more_than_what_joint_begins_with(place, monkeypatch):
     seen = []
-    monkeypatch.setattr("finetune.stages.run_all", lambda _, settings: seen.append(settings) or "")
+    monkeypatch.setattr("finetune.stages.Run", lambda _, settings: seen.append(settings) or SimpleNamespace(run=str))
     assert run(place, place / "none", "method=joint", "temperature=1.5", "soft=0.4") == 0
     assert run(place, place / "none") == 0
     assert (seen[0].temperature, seen[0].soft, seen[0].attention) == (1.5, 0.4, 0.5)

@@ -44,6 +44,8 @@ def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
     assert sorted(path.name for path in done.iterdir()) == ["layers", "report.json", "report.md", "student", "teacher"]
     written = json.loads((done / "report.json").read_text())
     for line, name in zip(written["models"], ("teacher", "student"), strict=True):
+        stored = json.loads((done / name / "tokenizer.json").read_text())
+        assert stored["truncation"] is None and stored["padding"] is None  # though rows were cut and padded with it
         model = AutoModelForSequenceClassification.from_pretrained(done / name)
         assert line["model"] == f"{name} {name}" and line["parameters"] == model.num_parameters()
         assert line["sentences_per_second"] > 0 and 0 <= line["accuracy"] <= 1

@@ -27,19 +27,18 @@ K = 15
 
 
 @torch.inference_mode()
-def one_at_a_time(model, name: str, texts: list[tuple[str, list]]) -> dict:
+def one_at_a_time(model, name: str, asked: list[tuple]) -> dict:
     """What `likely` gives, word by word; a text that stands in two rows is asked twice."""
     tokenizer, words, answers = auto_tokenizer(name), whole_words(name), {}
     allowed = torch.tensor(list(words), device=model.device)
-    for text, found in texts:
-        for start, end, word in found:
-            if word not in words.values():
-                continue
-            masked = f"{text[:start]}{tokenizer.mask_token}{text[end:]}"
-            batch = tokenizer(masked, text, return_tensors="pt").to(model.device)
-            at = (batch.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]
-            best = model(**batch).logits[0, at][allowed].topk(K).indices
-            answers[text, start] = [words[number] for number in allowed[best].sort().values.tolist()]
+    for text, start, end, word in asked:
+        if word not in words.values():
+            continue
+        masked = f"{text[:start]}{tokenizer.mask_token}{text[end:]}"
+        batch = tokenizer(masked, text, return_tensors="pt").to(model.device)
+        at = (batch.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]
+        best = model(**batch).logits[0, at][allowed].topk(K).indices
+        answers[text, start] = [words[number] for number in allowed[best].sort().values.tolist()]
     return answers
 
 
@@ -54,11 +53,9 @@ def main() -> None:
     logging.disable_progress_bar()
     model = open_mlm(given.mlm).to("cuda" if torch.cuda.is_available() else "cpu")
     pairs = load(given.data)[0][:given.rows]
-    texts = [(text, set(found)) for pair in pairs for text, found in zip(pair[:2], places(pair, []))]
-    once: dict = {}
-    for text, found in texts:
-        once.setdefault(text, set()).update(found)
-    ways = {"batched": lambda: likely(model, given.mlm, once, K), "one at a time": lambda: one_at_a_time(model, given.mlm, texts)}
+    asked = [place for pair in pairs for words in places(pair, []) for place in words]
+    ways = {"batched": lambda: likely(model, given.mlm, set(asked), K),
+            "one at a time": lambda: one_at_a_time(model, given.mlm, asked)}
     speeds, answers = {way: [] for way in ways}, {}
     for _ in range(given.rounds):
         for way, ask in ways.items():
