@@ -94,7 +94,6 @@ def device_type() -> str:
 def join() -> Ranks:
     """Meet the other ranks.  A process that no launcher started is a run of one rank."""
     kind = device_type()
-    import deepspeed
     import deepspeed.ops
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names

@@ -6,8 +6,7 @@ softmax.  The scores are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 
 where the Gram matrices are 2d square: exact, linear in L.  A row's loss is a mean over its own real tokens (or pairs of
-them), so it depends on no padding, no micro batch and no rank.  Other terms, off by default: cosine of hidden states,
-MiniLM's relations.
+them), so it depends on no padding, no micro batch and no rank.  Off by default: cosine of states, MiniLM's relations.
 
 Letters: B rows, L positions, D features, H heads, d features of a head.  s_ is the student's, t_ the teacher's."""
 

@@ -83,14 +83,12 @@ def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tens
         attended = (its.attention.output.dense(its.attention.self(before, mask)[0]) + before)[real]
         between = its.attention.output.LayerNorm(attended)
         neurons, act = its.intermediate.dense(between), its.intermediate.intermediate_act_fn
-
         parts = [getattr(traced, part)[n - 1].transpose(1, 2)[real].transpose(0, 1) for part in ("queries", "keys", "values")]
         out_HdE = p_Dd.T @ its.attention.output.dense.weight.unflatten(1, (len(parts[0]), -1)).transpose(0, 1)
         mine = own.attention.self
         for linear, y in zip((mine.query, mine.key, mine.value), _heads(*parts, out_HdE, width // len(parts[0])), strict=True):
             _fit(linear, x, y)
-        x_BLd = torch.zeros(*real.shape, width, device=x.device)
-        x_BLd[real] = x
+        x_BLd = x.new_zeros(*real.shape, width).masked_scatter(real[..., None], x)
         x = x + _fit(own.attention.output.dense, mine(x_BLd, mask)[0][real], attended @ p_Dd - x)
         x = _fit_norm(own.attention.output.LayerNorm, x, between @ p_Dd)
         adds = act(neurons).var(0) * (p_Dd.T @ its.output.dense.weight).square().sum(0)

@@ -34,8 +34,7 @@ class Student(nn.Module):
 
 def can_copy(shape: Shape, teacher) -> bool:
     """Whether embeddings and layers of the teacher fit this student as they are."""
-    return (can_project(shape, teacher)
-            and (shape.hidden, shape.intermediate) == (teacher.hidden_size, teacher.intermediate_size))
+    return can_project(shape, teacher) and (shape.hidden, shape.intermediate) == (teacher.hidden_size, teacher.intermediate_size)
 
 
 def can_project(shape: Shape, teacher) -> bool:

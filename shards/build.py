@@ -187,8 +187,13 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error
     settings = SimpleNamespace(sources=[source.stated() for source in sources], tokenizer=vocabulary.fingerprint, **settings)
     built = _is_built(out, settings)
     print(*[f"{out}: already built with these settings; nothing to do"] if built else sources, sep="\n")
-    if not built or (out / ".store").exists():  # of a build killed after its manifest
-        _share(out, settings, vocabulary, sources, workers, on_error == "skip")
+    while not _is_built(out, settings) or (out / ".store").exists():  # of a build killed after its manifest
+        try:
+            _share(out, settings, vocabulary, sources, workers, on_error == "skip")
+            break
+        except FileNotFoundError:  # the last of the others ended, and removed the store, before this one had a hold on it
+            if (out / ".store").exists():
+                raise
     return block.read_manifest(out)
 
 

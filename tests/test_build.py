@@ -365,3 +365,23 @@ def test_shards_are_about_16_mb_without_a_number():
 
 def test_the_manifest_is_plain_json(built):
     assert json.loads((built / "manifest.json").read_text())["format"] == block.FORMAT
+
+
+def test_a_process_that_comes_as_the_others_end_takes_their_shards(built, text_folder, tokenizer_folder, monkeypatch, capsys):
+    """The store is removed before the process has a hold on it, once with the manifest there and once without."""
+    import shards.build as module
+
+    out, share, times = built.with_name("raced"), module._share, []
+
+    def raced(folder, *rest):
+        times.append(folder)
+        if len(times) < 3:
+            if len(times) == 2:
+                share(folder, *rest)
+            open(folder / ".store/locks/settings.json", "ab")  # of a store that is gone
+        return share(folder, *rest)
+
+    monkeypatch.setattr(module, "_share", raced)
+    words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--shards=4", "--held-out=0.1", "--row-length=64"]
+    assert main([*words, "--workers=1", "--out", str(out)]) == 0 and len(times) == 2, capsys.readouterr().err
+    assert not (out / ".store").exists() and (out / "manifest.json").exists()
