@@ -145,11 +145,11 @@ class Engine:
         self.allowed = 20 if precision(config) == "fp16" else 0  # fp16's loss scale is found by skipping steps
         self.skipped = self.skipped_in_a_row = 0
 
-    def __call__(self, *batch: Tensor | None):
+    def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
         """The student's trace of one micro batch."""
         device = torch.cuda if self.ranks.device.type == "cuda" else torch
         device.set_rng_state(self.random)
-        traced = self.deepspeed(*batch)
+        traced = self.deepspeed(ids, segments, real)
         self.random = device.get_rng_state()
         return traced
 
