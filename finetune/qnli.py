@@ -5,18 +5,19 @@ The command line, and every number that changes what a run learns; light to impo
     python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
 
 import argparse
-import math
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 if __package__ in (None, ""):  # started as a script: python puts finetune/ on the path, not the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.recipe import did_you_mean, override
+from pretrain.recipe import CHECKED, override
 
-METHODS = ("tinybert", "gold")
-LEAST = {"rows": 1, "batch": 1, "length": 8}  # 0 for other numbers; 8: room for both texts beside three special tokens
+Share = Annotated[float, Field(ge=0, le=1)]
 COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")
 STAGE = {  # the settings that its output depends on, beside the common ones
     "teacher": ("teacher_lr", "teacher_epochs"),
@@ -26,42 +27,31 @@ STAGE = {  # the settings that its output depends on, beside the common ones
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Settings:
     """Task distillation's settings, TinyBERT's own for QNLI; `key=value` on the command line changes one."""
 
-    method: str = "tinybert"  # tinybert: the layers, then the predictions; gold: the student on gold labels, no teacher
-    rows: int | None = None  # training rows used, drawn by the seed; None: all
-    length: int = 128  # most tokens of a row, [CLS] and both [SEP] counted
-    batch: int = 32  # rows of an update
-    warmup: float = 0.1  # share of the updates of a linear schedule
-    weight_decay: float = 0.01  # not on bias and LayerNorm
-    clip: float = 1.0  # largest global gradient norm; 0: any
-    teacher_lr: float = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
-    teacher_epochs: int = 3
-    min_teacher: float = 0.6  # a teacher below this dev accuracy is refused
-    layers_lr: float = 5e-5  # constant, without warm-up
-    layers_epochs: int = 10
+    method: Literal["tinybert", "gold"] = "tinybert"  # layers, then predictions; or gold labels, no teacher
+    rows: PositiveInt | None = None  # training rows used, drawn by the seed; None: all
+    length: Annotated[int, Field(ge=8)] = 128  # most tokens of a row, [CLS] and both [SEP] counted; 8 leaves room for both texts
+    batch: PositiveInt = 32  # rows of an update
+    warmup: Share = 0.1  # share of the updates of a linear schedule
+    weight_decay: NonNegativeFloat = 0.01  # not on bias and LayerNorm
+    clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0: any
+    teacher_lr: NonNegativeFloat = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
+    teacher_epochs: NonNegativeInt = 3
+    min_teacher: Share = 0.6  # a teacher below this dev accuracy is refused
+    layers_lr: NonNegativeFloat = 5e-5  # constant, without warm-up
+    layers_epochs: NonNegativeInt = 10
     layer_map: str = "uniform"  # uniform, last or first: the teacher layer of each student layer
-    embedding: float = 1.0  # weight of the embedding term
-    hidden: float = 1.0  # weight of each layer's hidden term
-    attention: float = 1.0  # weight of each layer's attention-score term
-    predictions_lr: float = 3e-5  # linear
-    predictions_epochs: int = 3
-    temperature: float = 1.0  # of both models' predictions
-    gold_lr: float = 3e-5  # linear; method=gold
-    gold_epochs: int = 3
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and not (value >= LEAST.get(name, 0) and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: must be a number of at least {LEAST.get(name, 0)}")
-            if name in ("warmup", "min_teacher") and value > 1:
-                raise ValueError(f"{name}={value}: a share, from 0 to 1")
-        if self.temperature == 0:
-            raise ValueError("temperature=0.0: must be above 0")
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}{did_you_mean(self.method, METHODS)} (there are {', '.join(METHODS)})")
+    embedding: NonNegativeFloat = 1.0  # weight of the embedding term
+    hidden: NonNegativeFloat = 1.0  # weight of each layer's hidden term
+    attention: NonNegativeFloat = 1.0  # weight of each layer's attention-score term
+    predictions_lr: NonNegativeFloat = 3e-5  # linear
+    predictions_epochs: NonNegativeInt = 3
+    temperature: PositiveFloat = 1.0  # of both models' predictions
+    gold_lr: NonNegativeFloat = 3e-5  # linear; method=gold
+    gold_epochs: NonNegativeInt = 3
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
