@@ -1,7 +1,6 @@
 """The students: small BERTs over the teacher's vocabulary, and the weights they begin with."""
 
 import hashlib
-import re
 from dataclasses import replace
 
 import torch
@@ -70,12 +69,9 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
         if init == "projected":
             project(student.eval().to(teacher.device), teacher, copied, *rows)
     if init == "teacher":
-        source = {key: value.float() for key, value in teacher.state_dict().items()}
-        wanted = student.encoder.state_dict()
-        for key in wanted:
-            match = re.match(r"encoder\.layer\.(\d+)\.(.*)", key)
-            wanted[key] = source[f"encoder.layer.{copied[int(match[1])] - 1}.{match[2]}" if match else key]
-        student.encoder.load_state_dict(wanted)
+        encoder.embeddings.load_state_dict(teacher.embeddings.state_dict())
+        for own, n in zip(encoder.encoder.layer, copied, strict=True):
+            own.load_state_dict(teacher.encoder.layer[n - 1].state_dict())
     if recipe.gradient_checkpointing:
         encoder.activation_checkpointing_enable({"use_reentrant": False})  # the other kind loses the traces' gradients
     return student.train()
