@@ -24,8 +24,7 @@ OWNED = {  # keys of a DeepSpeed file that another place owns here, and where to
     "optimizer": "the recipe (lr=, weight_decay=, beta1=, beta2=, eps=)", "scheduler": "the recipe (lr=, warmup=, steps=)",
     "gradient_clipping": "the recipe (clip=)", "train_batch_size": "the recipe (batch=)",
     "gradient_accumulation_steps": "nowhere: it is derived from batch, ranks and train_micro_batch_size_per_gpu",
-    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"),
-                    "nowhere: a run always writes OUT/tensorboard and OUT/metrics.jsonl"),
+    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"), "nowhere: OUT/tensorboard is always written"),
     "zero_force_ds_cpu_optimizer": "nowhere: the optimizer follows from the device"}
 # DeepSpeed reads unknown keys of the top level without a word, so the ones that mean something here are listed.
 KNOWN = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type",
@@ -68,8 +67,7 @@ def _check(config: dict, device_type: str) -> None:
     if config.get("data_types") not in (None, *({"grad_accum_dtype": kind} for kind in ("fp32", "bf16", "fp16"))):
         raise ValueError(f"data_types is {config['data_types']}; write {{'grad_accum_dtype': 'fp32'}}, or nothing")
     if config.get("zero_optimization", {}).get("stage") not in (1, 2):
-        raise ValueError("zero_optimization needs stage 2 (or 1): the students are small, and stage 3 does not go with a teacher "
-                         "beside them")
+        raise ValueError("zero_optimization needs stage 2 (or 1): students are small, and 3 does not go with a teacher beside")
     micro = config.get("train_micro_batch_size_per_gpu")
     if not isinstance(micro, int) or micro < 1:
         raise ValueError("needs train_micro_batch_size_per_gpu, the most rows held at once, 1 or more")
@@ -127,7 +125,7 @@ class Engine:
         import deepspeed
 
         self.name, self.recipe, self.ranks = name, recipe, ranks
-        groups = [{"params": [p for n, p in student.named_parameters() if decays(n) == yes],
+        groups = [{"params": [p for p in student.parameters() if (p.ndim > 1) == yes],  # no bias and no LayerNorm
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
         adam, on_cpu = torch.optim.AdamW, ranks.device.type == "cpu"
         if offloads(config) and not on_cpu:  # on a CPU torch's own is there: DeepSpeed would have to compile its
@@ -143,7 +141,7 @@ class Engine:
         drawn = hashlib.sha256(f"{recipe.seed} dropout {name} {ranks.rank} {drawn_at}".encode()).digest()
         self.random = torch.Generator(ranks.device).manual_seed(int.from_bytes(drawn[:7], "big")).get_state()
         self.allowed = 20 if precision(config) == "fp16" else 0  # fp16's loss scale is found by skipping steps
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = 0  # updates in a row
 
     def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
         """The student's trace of one micro batch."""
@@ -162,11 +160,10 @@ class Engine:
 
     def trouble(self) -> str | None:
         """What was wrong with the last update; to be called once after each."""
-        skipped, self.skipped = self.deepspeed.skipped_steps - self.skipped, self.deepspeed.skipped_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row > self.allowed:
-            return f"the gradient is not finite ({self.skipped_in_a_row} updates skipped in a row)"
-        if not skipped and not math.isfinite(self.gradient_norm()):
+        self.skipped = 0 if self.deepspeed.was_step_applied() else self.skipped + 1
+        if self.skipped > self.allowed:
+            return f"the gradient is not finite ({self.skipped} updates skipped in a row)"
+        if not self.skipped and not math.isfinite(self.gradient_norm()):
             return f"the gradient norm is {self.gradient_norm()}"
         return None
 
@@ -198,7 +195,6 @@ class Engine:
     def load(self, folder: Path, *, random: bool) -> None:
         """Weights and optimizer from folder/NAME, and this rank's random state where the ranks are the same."""
         _, state = self.deepspeed.load_checkpoint(str(folder), tag=self.name)
-        self.skipped = self.deepspeed.skipped_steps
         if random:
             self.random = state["distil"]["random"][self.ranks.rank]
 
@@ -217,10 +213,6 @@ def to_universal(tag: Path, students: list[str]) -> Path:
     except (AssertionError, KeyError, RuntimeError) as error:
         raise ValueError(f"{tag} cannot be made a universal checkpoint ({error})") from error
     return scratch
-
-
-def decays(name: str) -> bool:
-    return not name.endswith("bias") and "LayerNorm" not in name
 
 
 def machine(config: dict, ranks: Ranks) -> dict:

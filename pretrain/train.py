@@ -197,27 +197,28 @@ class Run:
         arrays = (batch.ids, batch.segments, batch.real)
         return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
 
-    def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
-        """One teacher pass, every student in turn: each one's loss terms by row."""
+    def _losses(self, batch: Batch, window: Window) -> Iterator[tuple[Engine, Tensor]]:
+        """One teacher pass, every student in turn: each one's loss by row; it and all terms are added to the window."""
         ids, segments, real = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
-                                 relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
+            terms = distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
+                           relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
+            losses = weighted(terms, self.plan.weights[engine.name])
+            window.add(self._named(engine, {**terms, "loss": losses}))
+            yield engine, losses
+        window.rows += len(batch.ids)
+        window.tokens += int(batch.real.sum())
 
     def _update(self, batches: list[Batch], window: Window) -> None:
         self.row_numbers = np.concatenate([batch.numbers for batch in batches])
         self.row_losses = {engine: [] for engine in self.engines}
         for batch in batches:
-            for engine, terms in self._terms(batch):
-                losses = weighted(terms, self.plan.weights[engine.name])
+            for engine, losses in self._losses(batch, window):
                 self.row_losses[engine].append(losses.detach())
                 engine.update(losses.mean(), self.step)
-                window.add(self._named(engine, {**terms, "loss": losses}))
-            window.rows += len(batch.ids)
-            window.tokens += int(batch.real.sum())
 
     def _figures(self, window: Window) -> dict[str, float]:
         """Means over the steps since the last logged one, and rates over all ranks."""
@@ -242,9 +243,7 @@ class Run:
         for engine in self.engines:
             engine.module.eval()
         for batch in self.held_out:
-            for engine, terms in self._terms(batch):
-                seen.add(self._named(engine, {**terms, "loss": weighted(terms, self.plan.weights[engine.name])}))
-            seen.rows += len(batch.ids)
+            list(self._losses(batch, seen))
         for engine in self.engines:
             engine.module.train()
         return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}
