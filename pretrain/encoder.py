@@ -65,8 +65,8 @@ def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None) 
     parts = [part for part in out.attentions or () if isinstance(part, list)]  # a tensor: attention weights
     layers = model.config.num_hidden_layers
     if len(parts) != layers or len(out.hidden_states) != layers + 1:
-        raise ValueError(f"{type(model).__name__}: gave {len(parts)} attention traces and {len(out.hidden_states)} hidden states "
-                         f"for {layers} layers; its attention cannot be traced. There are {', '.join(TEACHERS)}")
+        raise ValueError(f"{type(model).__name__}: {len(parts)} of {layers} layers gave their attention, which cannot be traced; "
+                         f"there are {', '.join(TEACHERS)}")
     return Trace(tuple(out.hidden_states), *zip(*parts, strict=True))
 
 
@@ -98,10 +98,8 @@ def model_config(name: str):
         wrong = _first_line(error)
         raise ValueError(f"model {name!r}: " + (
             f"the folder holds no model that transformers opens ({wrong}); it needs config.json and model.safetensors"
-            if Path(name).is_dir() else
-            f"not a folder here, and the hub did not give it ({wrong}). Give a folder, or fetch it where there is a network: "
-            f"python -c \"from transformers import AutoModel, AutoTokenizer; "
-            f"[c.from_pretrained('{name}').save_pretrained('FOLDER') for c in (AutoModel, AutoTokenizer)]\"")) from error
+            if Path(name).is_dir() else f"not a folder here, and the hub did not give it ({wrong}). Give a folder, or fetch it "
+            f"where there is a network: hf download {name} --local-dir FOLDER")) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -118,10 +116,8 @@ def check_tokenizer(name: str, config, manifest):
     """The teacher's tokenizer, which must be the one that the shards were built with.  ValueError names both."""
     tokenizer, built = auto_tokenizer(name), manifest.tokenizer
     if fingerprint(tokenizer) != built["fingerprint"]:
-        raise ValueError(
-            f"the shards were built with the tokenizer of {built['name']} ({built['vocab_size']:,} ids), the teacher "
-            f"{name} has another ({len(tokenizer):,} ids): its embeddings would not fit. Build shards with "
-            f"--tokenizer {name}, or take the teacher that belongs to the shards")
+        raise ValueError(f"the shards were built with the tokenizer of {built['name']} ({built['vocab_size']:,} ids), teacher "
+                         f"{name} has another ({len(tokenizer):,} ids); build shards with --tokenizer {name}")
     if built["vocab_size"] > config.vocab_size:
         raise ValueError(f"teacher {name}: {config.vocab_size:,} embeddings for a tokenizer of {built['vocab_size']:,} ids")
     if config.pad_token_id not in (None, built["pad"]):  # RoBERTa counts positions by it

@@ -107,19 +107,15 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
     return maps[kind]
 
 
-def _group(layer: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (layer,) if isinstance(layer, int) else layer
-
-
 def one_layer_each(layers: list, teacher_layers: int) -> list[int]:
     """For copies: the last teacher layer of each student layer's group; the uniform map's where it has none."""
     uniform = layer_map("uniform", len(layers), teacher_layers)
-    return [(other, *_group(layer))[-1] for layer, other in zip(layers, uniform, strict=True)]
+    return [layer if isinstance(layer, int) else (other, *layer)[-1] for layer, other in zip(layers, uniform, strict=True)]
 
 
 def term_names(layers: list, kinds: Iterable[str]) -> list[str]:
     """The terms that `distil` gives, in its order: `embedding`, `hidden/1`, ..., `attention/1`, ..."""
-    each = [m for m, layer in enumerate(layers, start=1) if _group(layer)]
+    each = [m for m, layer in enumerate(layers, start=1) if layer != ()]
     return [name for kind in kinds for name in (["embedding"] if kind == "embedding" else [f"{kind}/{m}" for m in each])]
 
 
@@ -148,7 +144,8 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
 
     def term(name: str) -> Tensor:
         kind, _, m = name.partition("/")
-        group = _group(layers[int(m) - 1]) if m else (0,)
+        layer = layers[int(m) - 1] if m else 0
+        group = (layer,) if isinstance(layer, int) else layer
         return sum(pair(kind, int(m or 0), n) for n in group) / len(group)
 
     with torch.autocast(real_BL.device.type, enabled=False):
@@ -165,11 +162,9 @@ def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, 
 
     The rule is `equal`, `inverse` (1/(m+1)), or M+1 numbers, the embeddings' first."""
     count = len(layers) + 1
-    if rule in ("equal", "inverse"):
-        factors = [1 / (m + 1) if rule == "inverse" else 1.0 for m in range(count)]
-    elif re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and rule.count(",") == count - 1:
-        factors = [float(number) for number in rule.split(",")]
-    else:
+    numbers = re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and [float(number) for number in rule.split(",")]
+    factors = {"equal": [1.0] * count, "inverse": [1 / (m + 1) for m in range(count)]}.get(rule, numbers)
+    if not factors or len(factors) != count:
         raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
                          f"embeddings' first, such as {','.join(['1'] * count)}")
     split = (name.partition("/") for name in term_names(layers, kinds))

@@ -12,7 +12,7 @@ from pretrain.encoder import check_tokenizer, model_config
 from pretrain.engine import device_type, read_engine_file
 from pretrain.objective import OF_HEADS, layer_map, term_weights
 from pretrain.recipe import RECIPES, Recipe, Shape, override, parse_student
-from pretrain.student import can_copy, can_project
+from pretrain.student import first_weights
 from shards.block import Manifest, read_manifest, shard_path
 from shards.opener import local
 
@@ -54,26 +54,18 @@ def resolve(given: Namespace) -> Plan:
     engine = read_engine_file(engine_file, device_type())
     config = model_config(given.teacher)
     tokenizer = check_tokenizer(given.teacher, config, manifest)
-    inits, layers, weights = {}, {}, {}
     for name, shape in students.items():
-        check_student(name, shape, config, recipe)
-        whole = can_copy(shape, config) and shape.layers == config.num_hidden_layers  # else layers must make up for others
-        auto = "teacher" if whole else "projected" if can_project(shape, config) else "random"
-        inits[name] = auto if recipe.init == "auto" else recipe.init
-        layers[name] = layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers)
-        weights[name] = term_weights(layers[name], recipe.weights, recipe.layer_weights)
+        check_heads(name, shape, config, recipe)
+    inits = {name: first_weights(name, shape, config, recipe.init) for name, shape in students.items()}
+    layers = {name: layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers) for name, shape in students.items()}
+    weights = {name: term_weights(layers[name], recipe.weights, recipe.layer_weights) for name in students}
     return Plan(options=given, recipe=recipe.resolved(manifest.rows), students=students, inits=inits, layers=layers,
                 weights=weights, engine_file=engine_file, engine=engine, manifest=manifest, tokenizer=tokenizer,
                 teacher_dtype=fastest_dtype() if given.teacher_dtype == "auto" else given.teacher_dtype)
 
 
-def check_student(name: str, shape: Shape, teacher, recipe: Recipe) -> None:
-    """ValueError where attention cannot be compared with the teacher's, head by head or re-split, or layers not be copied."""
-    if recipe.init == "teacher" and not can_copy(shape, teacher):
-        raise ValueError(f"student {name}: init=teacher needs a BERT teacher of the same widths; write init=auto")
-    if recipe.init == "projected" and not can_project(shape, teacher):
-        raise ValueError(f"student {name}: init=projected needs a BERT teacher that is at least as wide and has as many heads; "
-                         "write init=random")
+def check_heads(name: str, shape: Shape, teacher, recipe: Recipe) -> None:
+    """ValueError where attention cannot be compared with the teacher's, head by head or re-split."""
     heads, common = teacher.num_attention_heads, recipe.relation_heads
     if not common and shape.heads != heads and recipe.weights.keys() & {*OF_HEADS}:
         raise ValueError(f"student {name} has {shape.heads} heads, the teacher {heads}: attention is compared head by "

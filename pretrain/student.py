@@ -31,16 +31,18 @@ class Student(nn.Module):
         return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
 
 
-def can_copy(shape: Shape, teacher) -> bool:
-    """Whether embeddings and layers of the teacher fit this student as they are."""
-    return can_project(shape, teacher) and (shape.hidden, shape.intermediate) == (teacher.hidden_size, teacher.intermediate_size)
-
-
-def can_project(shape: Shape, teacher) -> bool:
-    """Whether they can be cut to this student's widths."""
-    return (teacher.model_type == "bert" and shape.layers <= teacher.num_hidden_layers
-            and shape.heads == teacher.num_attention_heads
-            and shape.hidden <= teacher.hidden_size and shape.intermediate <= teacher.intermediate_size)
+def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
+    """What `init` comes to: teacher, projected or random.  ValueError where the teacher's config does not allow it."""
+    own, its = (shape.hidden, shape.intermediate), (teacher.hidden_size, teacher.intermediate_size)
+    fits = (teacher.model_type == "bert" and shape.heads == teacher.num_attention_heads
+            and shape.layers <= teacher.num_hidden_layers and own[0] <= its[0] and own[1] <= its[1])
+    if wanted == "auto":  # copied layers are best only where none is left out: a fitted one makes up for those before it
+        whole = own == its and shape.layers == teacher.num_hidden_layers
+        return "random" if not fits else "teacher" if whole else "projected"
+    if wanted != "random" and not fits or wanted == "teacher" and own != its:
+        as_wide = "of the same widths" if wanted == "teacher" else "at least as wide"
+        raise ValueError(f"student {name}: init={wanted} needs a BERT teacher {as_wide}, of as many heads; write init=auto")
+    return wanted
 
 
 def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, init: str, recipe: Recipe,

@@ -31,7 +31,7 @@ def test_every_setting_on_one_rank_and_two_and_over_a_resume(inputs, tmp_path):
 @pytest.mark.parametrize("settings, says", [
     (["relation_heads=5"], "relation_heads=5 does not divide both widths, 12 of student .* and 24 of the teacher; .* such as 12"),
     (["steps=a"], "steps=a: must be a valid integer"),
-    (["init=teacher"], "init=teacher needs a BERT teacher of the same widths; write init=auto"),
+    (["init=teacher"], "init=teacher needs a BERT teacher of the same widths, .* write init=auto"),
     (["normalize=rows"], "normalize=rows: must be 'row' or 'padded'"),
     (["embedding=0", "hidden=0", "attention=0"], "every term's weight is 0"),
     (["layer_weights=1,2"], "layer_weights='1,2': there are equal, inverse, and 3 numbers"),

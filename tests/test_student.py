@@ -1,12 +1,13 @@
 """Students: their first weights, their projections."""
 
+import pytest
 import torch
 from test_encoder import batch, bert
 
 from pretrain.encoder import trace
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.recipe import Recipe, Shape
-from pretrain.student import build_student, can_copy, can_project
+from pretrain.student import build_student, first_weights
 
 
 def test_a_student_is_drawn_from_seed_and_name():
@@ -24,7 +25,7 @@ def test_a_student_is_drawn_from_seed_and_name():
 
 def test_copied_layers_are_the_mapped_ones():
     teacher, shape = bert(), Shape(layers=2, hidden=32, intermediate=48, heads=4)
-    assert can_copy(shape, teacher.config)
+    assert first_weights("s", shape, teacher.config, "teacher") == "teacher"
     student = build_student("s", shape, teacher, [1, 3], init="teacher", recipe=Recipe())
     assert student.projection is None
     for mine, theirs in ((0, 0), (1, 2)):
@@ -95,7 +96,7 @@ def test_projected_students_begin_closer_to_the_teacher():
     teacher, new = bert().eval(), batch(8, 31)
     for shape, other in ((Shape(layers=2, hidden=32, intermediate=48, heads=4), "teacher"),
                          (Shape(layers=2, hidden=16, intermediate=24, heads=4), "random")):
-        assert can_project(shape, teacher.config)
+        assert first_weights("s", shape, teacher.config, "auto") == "projected"
         one, two = (build_student("s", shape, teacher, [1, 3], init=init, recipe=Recipe(), rows=calibration())
                     for init in (other, "projected"))
         assert loss(two, teacher, [1, 3], new) < 0.8 * loss(one, teacher, [1, 3], new)
@@ -105,8 +106,13 @@ def test_projected_students_begin_closer_to_the_teacher():
 
 def test_what_cannot_be_projected():
     teacher = bert().config
-    assert not can_project(Shape(layers=2, hidden=48, intermediate=48, heads=4), teacher)  # wider
-    assert not can_project(Shape(layers=2, hidden=32, intermediate=64, heads=4), teacher)
-    assert not can_project(Shape(layers=2, hidden=16, intermediate=24, heads=2), teacher)
-    assert not can_project(Shape(layers=4, hidden=16, intermediate=24, heads=4), teacher)
-    assert can_project(Shape(layers=2, hidden=16, intermediate=48, heads=4), teacher)
+    for layers, hidden, intermediate, heads in ((2, 48, 48, 4), (2, 32, 64, 4), (2, 16, 24, 2), (4, 16, 24, 4)):
+        shape = Shape(layers=layers, hidden=hidden, intermediate=intermediate, heads=heads)
+        assert first_weights("s", shape, teacher, "auto") == "random"
+        for wanted in ("projected", "teacher"):
+            with pytest.raises(ValueError, match=f"student s: init={wanted} needs a BERT teacher .* write init=auto"):
+                first_weights("s", shape, teacher, wanted)
+    narrow = Shape(layers=2, hidden=16, intermediate=48, heads=4)
+    assert first_weights("s", narrow, teacher, "auto") == first_weights("s", narrow, teacher, "projected") == "projected"
+    with pytest.raises(ValueError, match="of the same widths"):
+        first_weights("s", narrow, teacher, "teacher")
