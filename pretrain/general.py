@@ -23,8 +23,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engine", help="DeepSpeed file; default: gpu-bf16, gpu-fp16 or cpu of ds_configs/, by device")
     parser.add_argument("--out", default="runs/general", help="folder of the run; the same command goes on in it")
     parser.add_argument("--recipe", default="tinybert", choices=RECIPES, help="settings to begin from")
-    parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                        help="the teacher's own; auto: 16 bit where the device multiplies it fast")
+    parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: what is fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; LOCAL_RANK is what is read
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over the recipe's")

@@ -138,8 +138,7 @@ def parse_student(spec: str) -> tuple[str, Shape]:
     """`tiny4` or `tiny4:layers=3,hidden=288` -> (a name fit for a folder, its shape)."""
     name, _, numbers = spec.partition(":")
     if name not in SHAPES:
-        raise ValueError(f"unknown student {name!r}{did_you_mean(name, SHAPES)} (there are {', '.join(SHAPES)}; change "
-                         "one with NAME:layers=3,hidden=288)")
+        raise ValueError(f"unknown student {name!r}{did_you_mean(name, SHAPES)} (there are {', '.join(SHAPES)}, NAME:layers=3)")
     try:
         return re.sub(r"[:,=]", "-", spec), override(SHAPES[name], filter(None, numbers.split(",")))
     except ValueError as error:

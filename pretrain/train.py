@@ -80,9 +80,8 @@ class Run:
                     "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": checkpoint.identity(self.teacher)}
         self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
         found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
-        self.saved, self.step, notes, universal = found or (None, 0, [], False)
-        for note in notes:
-            self.ranks.say(note)
+        self.saved, self.step, notes, universal = found or (None, 0, [f"begins in {self.out}"], False)
+        self.ranks.say("\n".join(notes))
         source = self.ranks.first(partial(to_universal, self.saved, list(plan.students))) if universal else self.saved
         self.ranks.together(partial(self._load_students, source, universal))
         if universal:
@@ -207,7 +206,7 @@ class Run:
             terms = distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
                            relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
             losses = weighted(terms, self.plan.weights[engine.name])
-            window.add(self._named(engine, {**terms, "loss": losses}))
+            window.add({self._named(engine, name): value for name, value in {**terms, "loss": losses}.items()})
             yield engine, losses
         window.rows += len(batch.ids)
         window.tokens += int(batch.real.sum())
@@ -222,15 +221,13 @@ class Run:
 
     def _figures(self, window: Window) -> dict[str, float]:
         """Means over the steps since the last logged one, and rates over all ranks."""
-        figures = {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
-                   "lr": self.recipe.rate(self.step - 1)}
-        for engine in self.engines:
-            figures |= self._named(engine, {"grad_norm": engine.gradient_norm()})
-        return figures
+        return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
+                "lr": self.recipe.rate(self.step - 1),
+                **{self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}}
 
-    def _named(self, engine: Engine, figures: dict) -> dict:
-        """With one student the figures have plain names; with several the student's stands before them."""
-        return figures if len(self.engines) == 1 else {f"{engine.name}/{name}": value for name, value in figures.items()}
+    def _named(self, engine: Engine, figure: str) -> str:
+        """With one student figures have plain names; with several the student's stands before them."""
+        return figure if len(self.engines) == 1 else f"{engine.name}/{figure}"
 
     def _log(self, figures: dict[str, float]) -> None:
         if self.monitor:
