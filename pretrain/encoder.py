@@ -95,15 +95,11 @@ def model_config(name: str):
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        wrong = _first_line(error)
+        wrong = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"model {name!r}: " + (
             f"the folder holds no model that transformers opens ({wrong}); it needs config.json and model.safetensors"
             if Path(name).is_dir() else f"not a folder here, and the hub did not give it ({wrong}). Give a folder, or fetch it "
             f"where there is a network: hf download {name} --local-dir FOLDER")) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def longest_row(config) -> int:
@@ -140,7 +136,7 @@ def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         model, found = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
                                                  attn_implementation=ATTENTION, **pooler)
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"teacher {name!r}: its weights do not open ({_first_line(error)})") from error
+        raise ValueError(f"teacher {name!r}: its weights do not open ({' '.join(str(error).split())[:200]})") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for, such as "
                          f"{missing[0]}; take the config and the weights of one model")

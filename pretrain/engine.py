@@ -80,8 +80,7 @@ def precision(config: dict) -> str:
 
 
 def offloads(config: dict) -> bool:
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device", "none") != "none"
+    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def device_type() -> str:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -17,15 +18,13 @@ class StopRequest:
     def __init__(self):
         self.armed, self.reason = False, None
         self.launchers = _launchers()
-        self._handle(self._take)
-
-    def _handle(self, handler) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, handler)
+        for number in SIGNALS:
+            signal.signal(number, self._take)
 
     def done(self) -> None:
         """The exit code stands: no later signal may change it, while Python ends, to that of a killed process."""
-        self._handle(signal.SIG_IGN)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def _take(self, number: int, _frame) -> None:
         name = signal.Signals(number).name
