@@ -1,12 +1,16 @@
-"""The students: small BERTs over the teacher's vocabulary, and the weights they begin with."""
+"""The students: small BERTs over the teacher's vocabulary, the weights they begin with, and the folders they end in."""
 
 import hashlib
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from pretrain.checkpoint import sync
 from pretrain.encoder import ATTENTION, trace
 from pretrain.objective import Trace, one_layer_each
 from pretrain.projected import project
@@ -77,3 +81,30 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
     if recipe.gradient_checkpointing:
         encoder.activation_checkpointing_enable({"use_reentrant": False})  # the other kind loses the traces' gradients
     return student.train()
+
+
+def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
+    """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all; training is over.
+
+    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    encoder, projection = ({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+                           for prefix in ("encoder.", "projection."))
+    student.encoder.float().save_pretrained(part, state_dict=encoder)  # config.json tells the type of the module's own weights
+    tokenizer.save_pretrained(part)
+    if projection:
+        save_file(projection, part / "projection.safetensors")
+    sync(part, *part.rglob("*"))
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(students: Path) -> None:
+    """After a kill between the two renames of `export`: the old folder gets its name back."""
+    for old in students.glob("*.old"):
+        shutil.rmtree(old) if old.with_suffix("").exists() else old.rename(old.with_suffix(""))

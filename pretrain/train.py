@@ -19,13 +19,12 @@ from torch import Tensor
 from pretrain import checkpoint
 from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
-from pretrain.export import export, recover
 from pretrain.monitor import Monitor, Window
 from pretrain.objective import distil, weighted
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
-from pretrain.student import build_student
+from pretrain.student import build_student, export, recover
 from shards.block import read_shard
 from shards.dynamic import DynamicMasks
 from shards.stream import Batch, Stream, micro_rows

@@ -10,8 +10,8 @@ from runs import NAMES, SETTINGS, SMALL, assert_same_run, launch, metrics
 
 from pretrain import checkpoint
 from pretrain.engine import Engine
-from pretrain.export import recover
 from pretrain.recipe import NOT_LEARNED, Recipe
+from pretrain.student import recover
 
 
 class Alone:

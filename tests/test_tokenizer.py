@@ -10,8 +10,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from pretrain.student import Student
-from pretrain.export import export
+from pretrain.student import Student, export
 from shards import block
 from shards.build import main
 from shards.tokenizer import PROBE, auto_tokenizer, fingerprint, open_tokenizer
