@@ -5,7 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -47,7 +46,7 @@ class Monitor:
 
 
 class Window:
-    """Figures by row since the last logged step: sums on the device, fetched once; and what the steps took."""
+    """Figures by row since the last logged step: sums on the device until they are asked for; and what the steps took."""
 
     def __init__(self):
         self.sums, self.rows, self.tokens = {}, 0, 0
@@ -60,8 +59,7 @@ class Window:
 
     def means(self, ranks: Ranks) -> dict[str, float]:
         """Over the rows of all ranks."""
-        sums = torch.stack([*self.sums.values()]).tolist() if self.sums else []
-        total = ranks.total({**dict(zip(self.sums, sums, strict=True)), "rows": self.rows})
+        total = ranks.total({name: float(value) for name, value in {**self.sums, "rows": self.rows}.items()})
         rows = total.pop("rows")
         return {name: value / rows for name, value in total.items()}
 
