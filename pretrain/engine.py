@@ -20,12 +20,8 @@ from torch import Tensor, nn
 from pretrain.ranks import Ranks
 from pretrain.recipe import Recipe, did_you_mean
 
-OWNED = {  # keys of a DeepSpeed file that another place owns here, and where to write them instead
-    "optimizer": "the recipe (lr=, weight_decay=, beta1=, beta2=, eps=)", "scheduler": "the recipe (lr=, warmup=, steps=)",
-    "gradient_clipping": "the recipe (clip=)", "train_batch_size": "the recipe (batch=)",
-    "gradient_accumulation_steps": "nowhere: it is derived from batch, ranks and train_micro_batch_size_per_gpu",
-    **dict.fromkeys(("tensorboard", "csv_monitor", "wandb", "comet"), "nowhere: OUT/tensorboard is always written"),
-    "zero_force_ds_cpu_optimizer": "nowhere: the optimizer follows from the device"}
+OF_RECIPE = {"optimizer": "lr=, weight_decay=, beta1=, beta2=, eps=", "scheduler": "lr=, warmup=, steps=",
+             "gradient_clipping": "clip=", "train_batch_size": "batch="}  # in the place of these keys of a DeepSpeed file
 # DeepSpeed reads unknown keys of the top level without a word, so the ones that mean something here are listed.
 KNOWN = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16", "data_types", "communication_data_type",
          "prescale_gradients", "gradient_predivide_factor", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
@@ -52,10 +48,10 @@ def _check(config: dict, device_type: str) -> None:
     if not isinstance(config, dict):
         raise ValueError("no JSON object")
     for key in config:
-        if key in OWNED:
-            raise ValueError(f"{key!r} does not belong there; write it in {OWNED[key]}")
+        if key in OF_RECIPE:
+            raise ValueError(f"{key!r} does not belong there; write it in the recipe ({OF_RECIPE[key]})")
         if key not in KNOWN:
-            raise ValueError(f"DeepSpeed would ignore {key!r} in silence{did_you_mean(key, KNOWN)}")
+            raise ValueError(f"{key!r} is decided by the run, or DeepSpeed would ignore it in silence{did_you_mean(key, KNOWN)}")
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for name, model in models.items():
         try:

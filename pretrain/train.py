@@ -93,9 +93,9 @@ class Run:
             fresh = "random" if source else init
             rows = self.stream.some(PROJECTED_TOKENS // self.plan.manifest.row_length) if fresh == "projected" else None
             student = build_student(name, shape, self.teacher, layers, fresh, self.recipe, rows and self._tensors(rows))
-            parameters = sum(p.numel() for p in student.encoder.parameters())
-            self.ranks.say(f"student {name}: {shape.layers} layers of {shape.hidden}, {parameters / 1e6:.1f} M parameters, "
-                           f"init={init}, like teacher layers {layers}" + (", () without a layer loss" if () in layers else ""))
+            self.ranks.say(f"student {name}: {student.encoder.num_parameters() / 1e6:.1f} M parameters, {shape.layers} layers of "
+                           f"{shape.hidden}, init={init}, like teacher layers {layers}"
+                           + (", () without a layer loss" if () in layers else ""))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
                                        drawn_at=self.step, universal=universal))
             if source:

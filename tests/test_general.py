@@ -192,8 +192,9 @@ def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
 @pytest.mark.parametrize("content, says", [
     ({"optimizer": {}}, "'optimizer' does not belong there; write it in the recipe"),
     ({"gradient_clipping": 1.0}, r"write it in the recipe \(clip=\)"),
+    ({"tensorboard": {}}, "'tensorboard' is decided by the run"),
     ({"train_batch_size": 8}, r"write it in the recipe \(batch=\)"),
-    ({"gradient_cliping": 1.0}, "DeepSpeed would ignore 'gradient_cliping' in silence"),
+    ({"gradient_cliping": 1.0}, "'gradient_cliping' is decided by the run, or DeepSpeed would ignore it in silence"),
     ({"zero_optimisation": {}}, "in silence; did you mean 'zero_optimization'?"),
     ({"zero_optimization": {"stage": 3}}, r"needs stage 2 \(or 1\)"),
     ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: .*; did you mean 'overlap_comm'"),
