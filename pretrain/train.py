@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain import checkpoint
-from pretrain.encoder import check_trace, load_teacher, trace, windowed
+from pretrain.encoder import check_trace, keep_layers, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.monitor import Monitor, Window
 from pretrain.objective import distil, weighted
@@ -100,6 +100,7 @@ class Run:
                                        drawn_at=self.step, universal=universal))
             if source:
                 self.engines[-1].load(source, random=not universal)
+        keep_layers(self.teacher, max(np.max(layer, initial=0) for layers in self.plan.layers.values() for layer in layers))
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
         check_trace(self.teacher)
 
