@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=2 python tests/bench/step.py [--lengths 128 512] [--students tiny4] [--rounds 5] [--tokens 4096]
 
-(a) the reference formulation: fp32, the teacher keeps its graph, scores materialized; (b) plain eager without teacher gradients;
-(c) this project: a step of its engine as `--engine` says (default: by device), fed as general.py feeds it.  Teacher: BERT-base's
-shape, random weights.  Each runs in a process of its own, for its peak memory, and the rounds of all take turns.  The floor of
-(c) is the sum, over every matrix product of a step, of that product's best time alone (torch.mm, bmm) at its shape and type.
-"""
+(a) the reference formulation: fp32, the teacher keeps its graph, scores materialized; (b) plain eager without teacher
+gradients; (c) this project: a step of its engine as `--engine` says (default: by device), fed as general.py feeds it.  Tries, on
+request (`--forms c d e f`): (d) is (c) with a second student of the same shape, (e) (c) with torch's fused AdamW, (f) (c) as if
+no row were short, so that no attention has a mask.  Teacher: BERT-base's shape, random weights.  Each runs in a process of its
+own, for its peak memory, and the rounds of all take turns.  The floor of (c) is the sum, over every matrix product of a step, of
+that product's best time alone (torch.mm, bmm) at its shape and type."""
 
 import argparse
 import json
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -64,7 +66,7 @@ def alone(product: tuple, device: torch.device, seconds: float = 0.3) -> float:
 
 
 def models(which: str, name: str, length: int):
-    """(teacher, student, its layer map) for (a), (b) or (c)."""
+    """(teacher, student, its layer map)."""
     from transformers import BertConfig, BertModel
 
     from pretrain.encoder import ATTENTION
@@ -74,11 +76,11 @@ def models(which: str, name: str, length: int):
 
     torch.manual_seed(0)
     config = BertConfig(max_position_embeddings=max(512, length), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    config._attn_implementation = ATTENTION if which == "c" else "eager"
+    config._attn_implementation = "eager" if which in "ab" else ATTENTION
     teacher = BertModel(config, add_pooling_layer=False)
     layers = layer_map("uniform", SHAPES[name].layers, 12)
     student: Student = build_student(name, SHAPES[name], teacher, layers, init="random", recipe=Recipe())
-    if which != "c":
+    if which in "ab":
         student.encoder.set_attn_implementation("eager")
     return teacher, student, layers
 
@@ -137,20 +139,26 @@ def serve(which: str, name: str, length: int, tokens: int, engine_file: str | No
     ids, segments, real = (x.to(ranks.device) for x in (ids, torch.zeros_like(ids), real))
     teacher, student, layers = models(which, name, length)
     teacher, student = teacher.to(ranks.device).eval(), student.to(ranks.device)
-    if which == "c":
+    if which not in "ab":
         path = Path(engine_file) if engine_file else ENGINES / ("cpu.json" if device_type() == "cpu" else "gpu-bf16.json")
         config = read_engine_file(path, device_type())
         recipe = Recipe(batch=rows, steps=10**6)
-        engine = Engine(name, student, recipe, config, rows, ranks, drawn_at=0, universal=False)
+        if which == "e":
+            torch.optim.AdamW = partial(torch.optim.AdamW, fused=True)
+        students = [student, models(which, name, length)[1].to(ranks.device)] if which == "d" else [student]
+        engines = [Engine(f"{name}-{n}", one, recipe, config, rows, ranks, drawn_at=0, universal=False)
+                   for n, one in enumerate(students)]
+        mask = None if which == "f" else real
         teacher.requires_grad_(False).to(DTYPES[fastest_dtype()])
 
         def step() -> None:
             from pretrain.encoder import trace
 
             with torch.no_grad():
-                wanted = trace(teacher, ids, segments, real)
-            losses = weighted(distil(engine(ids, segments, real), wanted, real, layers, recipe.weights), recipe.weights)
-            engine.update(losses.mean(), 1)
+                wanted = trace(teacher, ids, segments, mask)
+            for engine in engines:
+                losses = weighted(distil(engine(ids, segments, mask), wanted, real, layers, recipe.weights), recipe.weights)
+                engine.update(losses.mean(), 1)
     else:
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
@@ -208,7 +216,10 @@ def measure(name: str, length: int, given) -> None:
                 f"{rates}, peak {fact['peak'] / 2**30:.2f} GiB, {fact['flops'] / step / 1e9:,.0f} GFLOP/s of matrix products")
         if fact["floor"]:
             line += f"; floor {fact['floor']:.2f} s, fraction {fact['floor'] / step:.1%}"
-        if which != "c" and "c" in facts:
+        if which in "def" and "c" in facts:
+            apart = [x / y - 1 for x, y in zip(seconds[which], seconds["c"], strict=True)]
+            line += f"; {median(apart):+.1%} of (c) ({min(apart):+.1%} to {max(apart):+.1%})"
+        if which in "ab" and "c" in facts:
             line += (f"; (c) is {median(x / y for x, y in zip(seconds[which], seconds['c'], strict=True)):.2f} x as fast, with "
                      f"{facts['c']['peak'] / fact['peak']:.0%} of the memory")
         print(line, flush=True)
