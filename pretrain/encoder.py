@@ -41,10 +41,8 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
 
 
 def _mask(attention_mask=None, **given):
-    """(B, 1, 1, L) boolean, True where a key is real; None without padding.  transformers' own is (B, 1, L, L).
-
-    Layers with a window (they alone give a local_size) keep transformers' own: a band is no mask of keys."""
-    if "local_size" in given:
+    """(B, 1, 1, L) boolean, True where a key is real; None without padding.  transformers' own is (B, 1, L, L)."""
+    if "local_size" in given:  # a layer with a window: a band is no mask of keys
         return sdpa_mask(attention_mask=attention_mask, **given)
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
@@ -87,8 +85,7 @@ def check_trace(model: nn.Module) -> None:
 def model_config(name: str):
     """The config of a model folder or hub name.  ValueError in one line where there is none."""
     if ("/" in name or "\\" in name or name.startswith(".")) and name.count("/") > 1 and not Path(name).is_dir():
-        raise ValueError(f"model {name!r}: no such folder. Give a folder with config.json and model.safetensors, "
-                         "or a hub name such as bert-base-uncased")
+        raise ValueError(f"model {name!r}: no such folder. Give a folder with config.json and model.safetensors, or a hub name")
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

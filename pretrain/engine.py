@@ -111,12 +111,10 @@ def join() -> Ranks:
 
 
 class Engine:
-    """One student under DeepSpeed, with a random state of its own, so that no other student moves its dropout.
-
-    The state is drawn from (seed, name, rank, `drawn_at`, a step).  `universal`: it will load what `to_universal` wrote."""
+    """One student under DeepSpeed, its dropout drawn from (seed, name, rank, step), so that no other student moves it."""
 
     def __init__(self, name: str, student: nn.Module, recipe: Recipe, config: dict, micro: int, ranks: Ranks, *,
-                 drawn_at: int, universal: bool):
+                 drawn_at: int, universal: bool):  # a step; whether it will load what `to_universal` wrote
         import deepspeed
 
         self.name, self.recipe, self.ranks = name, recipe, ranks

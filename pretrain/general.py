@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:
         if "by peer" not in str(error):  # gloo's words, whichever call it broke off
             raise
-        code, said = 1, (f"rank {rank} lost another rank, which was killed or failed ({str(error)[:200]}...); the same command "
-                         "goes on from the last checkpoint")
+        code, said = 1, f"rank {rank} lost another rank ({str(error)[:200]}...); the same command goes on from its checkpoint"
     if said:
         print(f"error: {said}", file=sys.stderr, flush=True)
     stop.done()

@@ -72,9 +72,7 @@ def _tile_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, co
 
 
 def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
-    """MiniLM's loss between relations A B^T (arXiv 2002.10957, 2012.15828), a mean over heads and counted queries -> (B,).
-
-    In tiles of queries that the backward pass computes again: memory is linear in L."""
+    """MiniLM's loss (arXiv 2002.10957, 2012.15828), a mean over heads and counted queries -> (B,); in tiles: linear in L."""
     tiles = [slice(at, at + TILE) for at in range(0, sa.shape[2], TILE)]
     total = sum(checkpoint(_tile_kl, sa[:, :, some], sb, ta[:, :, some], tb, real_BL, counted_BL[:, some], use_reentrant=False)
                 for some in tiles)
@@ -158,9 +156,7 @@ def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
 
 
 def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:
-    """Each term's weight: its kind's times that of its student layer m, the embeddings being 0.
-
-    The rule is `equal`, `inverse` (1/(m+1)), or M+1 numbers, the embeddings' first."""
+    """Each term's weight: its kind's times its layer's by `equal`, `inverse` (1/(m+1)) or numbers, the embeddings' first."""
     count = len(layers) + 1
     numbers = re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and [float(number) for number in rule.split(",")]
     factors = {"equal": [1.0] * count, "inverse": [1 / (m + 1) for m in range(count)]}.get(rule, numbers)

@@ -63,9 +63,7 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, out_HdE: Tensor, width: int) -> list
 
 @torch.no_grad()
 def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tensor, segments: Tensor, real: Tensor) -> None:
-    """Fit a pretrain.student.Student in place; its layer m becomes teacher layer `layers[m - 1]` (from 1).
-
-    The teacher is in float32; the turn is drawn from torch's generator."""
+    """Fit a Student in place, layer m to layer `layers[m - 1]` (from 1) of a float32 teacher; the turn is torch's generator's."""
     traced, encoder, mask = trace(teacher, ids, segments, real), student.encoder, real[:, None, None, :]
     width, states = encoder.config.hidden_size, torch.cat([traced.hidden[n][real] for n in (0, *layers)])
     p_Dd = torch.eye(width, device=states.device)

@@ -1,4 +1,4 @@
-"""What the ranks say to each other: all fail together, and none is left waiting."""
+"""What the ranks say to each other, in calls that all make alike: all fail together, and none is left waiting."""
 
 import sys
 from collections import Counter
@@ -20,9 +20,7 @@ class Ranks:
     talk: dist.ProcessGroup  # gloo, for what is on the CPU
 
     def agree(self, error: Exception | None, flag: bool = False) -> bool:
-        """Every rank calls it at the same point -> whether the flag is up on any.
-
-        Where one has an error all raise it as a ValueError, so that none is left waiting."""
+        """Whether the flag is up on any rank; where one has an error all raise it as a ValueError: none is left waiting."""
         raised = torch.tensor([error is not None, flag], dtype=torch.int32)
         dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
         if raised[0]:

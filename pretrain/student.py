@@ -18,9 +18,7 @@ from pretrain.recipe import Recipe, Shape
 
 
 class Student(nn.Module):
-    """A small BERT, and the projection of its hidden states to the teacher's width where the widths differ.
-
-    One shared Linear for the embedding output and every layer, as the reference code has it."""
+    """A small BERT, and one shared projection of all hidden states to the teacher's width where the widths differ."""
 
     def __init__(self, encoder: BertModel, teacher_width: int):
         super().__init__()

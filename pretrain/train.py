@@ -166,9 +166,7 @@ class Run:
         return self.stream.batches(step * self.recipe.batch, self.most) if step < self.recipe.steps else []
 
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
-        """The next step's rows, and whether any rank was asked to stop: one all-reduce a step, before anything is saved.
-
-        An update that went wrong on one rank, or a shard that one cannot read, ends the run on all ranks."""
+        """The next step's rows, and whether any rank was asked to stop; what went wrong on one rank ends the run on all."""
         begin, error, batches = time.perf_counter(), self._trouble(), []
         try:
             batches = coming.result()
@@ -187,9 +185,8 @@ class Run:
                 shards = np.searchsorted(self.stream.first_row, blamed, side="right") - 1
                 places = [f"{self.plan.manifest.shards[shard].name.removesuffix('.tar')}:{row - self.stream.first_row[shard]}"
                           for shard, row in zip(shards, blamed, strict=True)]
-                return ValueError(f"student {engine.name}: {wrong} in step {self.step}; rows {', '.join(places[:8])} "
-                                  "(python -m shards.look --row shows one); last good checkpoint: "
-                                  f"{self.saved}. A smaller lr= or clip=, or bf16, may help")
+                return ValueError(f"student {engine.name}: {wrong} in step {self.step}; rows {', '.join(places[:8])} (python -m "
+                                  f"shards.look --row shows one); last good checkpoint: {self.saved}. Try a smaller lr= or clip=")
         return None
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
