@@ -79,7 +79,7 @@ def _make_shard(entry: Path, first: int, last: int) -> None:
     """Write one shard, then into .store its entry for the manifest and the counts of training rows."""
     kind, _, number = entry.stem.partition("-")
     settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
-    store, counts = stored.Store.opened(entry.parent / "joined" / kind, block.id_type(vocabulary.size)), Counter()
+    store, counts = stored.Store.opened(entry.parent / "joined", kind, block.id_type(vocabulary.size)), Counter()
     draws = [stored.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
     shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)

@@ -44,12 +44,12 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
     """All rows of the documents first to last - 1, each as often as its copies.
 
     Columns: document, first sentence, end of A, end of the chunk, target, is B random."""
-    second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"  # no other document to draw from
     table = []
-    for document in range(first, last):
+    for document in first + np.flatnonzero(np.diff(store.places[first:last + 1])):
         start, end = store.documents[document:document + 2].tolist()
-        ends = store.sentences[start:end + 1].tolist()
-        for _ in range((store.places[document + 1] - store.places[document]) // (end - start)):
+        ends, places = store.sentences[start:end + 1].tolist(), store.places[document + 1] - store.places[document]
+        second = "none" if one_segment else "any" if places < store.places[-1] else "next"  # no other document to draw from
+        for _ in range(places // (end - start)):
             rows = np.array(cut_document(ends, capacity, second, rng), np.int64)
             rows[:, :3] += start
             table.append(np.insert(rows, 0, document, axis=1))
