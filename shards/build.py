@@ -197,15 +197,10 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error
     return block.read_manifest(out)
 
 
-def _failed(reason) -> int:
-    print("error:", " ".join(str(reason).split()), file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.build", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda text: sys.exit(_failed(text))  # one line, without the usage
+    parser.error = lambda text: parser.exit(2, f"error: {text}\n")  # one line, without the usage
     add = parser.add_argument
     add("names", nargs="+", metavar="SOURCE[=WEIGHT]", help="text, JSON lines, Parquet, globs, folders, WikiText, ...")
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="what transformers.AutoTokenizer opens, or a .model file")
@@ -225,17 +220,18 @@ def main(argv: list[str] | None = None) -> int:
     settings = vars(parser.parse_args(argv))
     del settings["local_rank"]
     try:
-        manifest = build(**settings)
+        print(summary(settings["out"], build(**settings)))
+        return 0
     except ValueError as error:
-        return _failed(error)
+        said = str(error)
     except OSError as error:
-        return _failed(f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on")
+        said = f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on"
     except BrokenProcessPool:
-        return _failed("a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers")
+        said = "a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers"
     except KeyboardInterrupt:
-        return _failed("stopped; the same command goes on")
-    print(summary(settings["out"], manifest))
-    return 0
+        said = "stopped; the same command goes on"
+    print("error:", " ".join(said.split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
