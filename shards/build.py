@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -38,41 +37,42 @@ from shards.tokenizer import Vocabulary, open_tokenizer
 
 LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), "shards": (1, 99_999), "seed": (0, 2**63),
           "workers": (1, 999)}
-POLL = 1.0  # seconds between looks where other processes make all that is missing
 
 
-def _make(store: Path, result: Path, make: Callable, file: Path, *how):
-    """Make a file -> what `make` says, or True.  None where another process is at it, or it or what is made of it is there."""
-    with open(store / "locks" / file.name, "ab") as lock, suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: bool = False):
+    """Make a file -> True.  None where another process is at it, unless to wait, or it or what is made of it is there."""
+    with open(store / "locks" / file.name, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                return
+            print(f"waits for {file.name}, which another process makes", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists() and not result.exists():  # in this order: the result is there before its files go
             return make(file, *how) or True
 
 
 def _until(store: Path, result: Path, attempt: Callable[[], tuple[list[Path], Callable]]) -> None:
     """Return when `result` is there.  An attempt makes what it can of the files, and says what makes the result of all."""
-    free = True
     while not result.exists():
-        if free:
-            files, finish = attempt()
-        missing = next((file for file in files if not file.exists()), result)
-        before, free = free, _make(store, result, finish if missing == result else bool, missing)  # bool: may it be made?
-        if not free:
-            if before:
-                print(f"waits for {missing.name}, which another process makes", flush=True)
-            time.sleep(POLL)
+        files, finish = attempt()
+        if not any(_make(store, result, bool, file, wait=True) for file in files if not file.exists()):  # bool: was it made?
+            _make(store, result, finish, result, wait=True)
 
 
-def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], files: list[Path]) -> Iterator:
-    """What `make` returns for each file, or None where it is made elsewhere.  A task begins with its file; `files` gains all."""
-    waiting = deque()
+def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], done: Callable) -> list[Path]:
+    """Make the files that tasks begin with and no other process makes, `done` after each -> the files of all tasks."""
+    files, waiting = [], deque()
     for task in takewhile(lambda _: not result.exists(), tasks):
         files.append(task[0])
         if not task[0].exists():
             waiting.append(pool.submit(_make, store, result, make, *task))
         if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+            done(waiting.popleft().result())
+    for future in waiting:
+        done(future.result())
+    return files
 
 
 def _make_shard(entry: Path, first: int, last: int) -> None:
@@ -88,23 +88,19 @@ def _make_shard(entry: Path, first: int, last: int) -> None:
 
 def _tokenize(made: Callable, store: Path, settings, size: int, sources: list[Source], skip: bool) -> tuple:
     """Read all sources, and make the pieces that are to be made here -> (all pieces, what joins them)."""
-    pieces, tally, sizes, documents, tokens = [], Tally(skip), [source.bytes for source in sources], 0, 0
-    total, cut = None if None in sizes else sum(sizes), stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
-    with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for found in filter(None, made(stored.make_piece, cut, pieces)):
-            documents, tokens = documents + found[0], tokens + found[1]
-            bar.set_postfix_str(f"{documents:,} documents, {tokens / (bar.format_dict['elapsed'] or 1):,.0f} tokens/s")
-            bar.update(tally.read - bar.n)
+    tally, sizes = Tally(skip), [source.bytes for source in sources]
+    cut = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
+    with tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
+        pieces = made(stored.make_piece, cut, lambda _: bar.update(tally.read - bar.n))
     return pieces, partial(stored.join, pieces, settings, tally, size)
 
 
 def _draw(made: Callable, store: Path, settings, vocabulary: Vocabulary) -> tuple:
     """Make the shards that are to be made here -> (the entries of all, what writes the manifest)."""
-    entries, (counts, shards) = [], json.loads((store / "joined/plan.json").read_text())
+    counts, shards = json.loads((store / "joined/plan.json").read_text())
     tasks = [(store / f"{name}.json", *span) for name, span in shards.items()]
     with tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None) as bar:
-        for _ in filter(None, made(_make_shard, tasks, entries)):
-            bar.update()
+        entries = made(_make_shard, tasks, lambda _: bar.update())
     return entries, partial(_finish, settings, vocabulary, counts, entries)
 
 

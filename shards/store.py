@@ -103,8 +103,8 @@ def _hashed(sentences: list[str]) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> tuple[int, int]:
-    """Tokenize one piece into its file -> (documents, tokens).  Documents without a token are left out and counted."""
+def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> None:
+    """Tokenize one piece into its file.  Documents without a token are left out and counted."""
     unk, split = WORKER["vocabulary"].unk, [document.sentences() for document, _ in piece]
     sentences = [text.replace("<unk>", unk) if unk else text for text in chain.from_iterable(split)]
     encode = partial(WORKER["tokenizer"].encode_batch_fast, add_special_tokens=False)
@@ -121,7 +121,6 @@ def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> tu
     unknown = np.count_nonzero(ids == WORKER["tokenizer"].token_to_id(unk)) if unk else 0
     with written_whole(path) as file:
         np.savez(file, ids=ids, lengths=lengths[lengths > 0], documents=table[full], counts=[np.count_nonzero(~full), unknown])
-    return np.count_nonzero(full), len(ids)
 
 
 def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -98,8 +98,14 @@ class Stream:
             if j != self.span.stop:
                 self.decoded.clear()  # of another place, or not to be read: it is tried again
             steps, self.span = self.steps if self.decoded else 1, range(-1)
-            self.rows = self._gathered(j, steps)
+            keys, entries = self.plan(j, steps)
+            self._open(keys)
+            self.rows = self._joined(self.decoded, keys, entries, np.arange(len(keys)) // share)
             self.span = range(j, j + steps * self.batch, self.batch)
+            following, later = (self.plan(self.span.stop + more, 1)[0] for more in (0, self.ahead))
+            for key in {*keys.tolist()} - {*following.tolist(), *later.tolist()}:
+                del self.decoded[key]
+            self._open(later)  # ahead
         at = self.span.index(j) * share
         return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
 
@@ -110,17 +116,6 @@ class Stream:
         real = positions < lengths[:, None]
         segments = (positions >= first[:, None]) & real
         return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
-
-    def _gathered(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's rows of some batches, batch by batch, each sorted by length; opens what comes later."""
-        keys, entries = self.plan(j, steps)
-        self._open(keys)
-        rows = self._joined(self.decoded, keys, entries, np.arange(len(keys)) // len(self.mine))
-        following, later = (self.plan(j + steps * self.batch + more, 1)[0] for more in (0, self.ahead))
-        for key in {*keys.tolist()} - {*following.tolist(), *later.tolist()}:
-            del self.decoded[key]
-        self._open(later)
-        return rows
 
     def _open(self, keys: np.ndarray) -> None:
         for key in sorted({*keys.tolist()} - self.decoded.keys()):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import string
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,14 +104,11 @@ def auto_tokenizer(name: str):
     stored = [path] if is_file else [*path.glob("*.model"), *path.glob("tokenizer.json"), *path.glob("vocab.*")]
     bare = [file.suffix for file in stored] == [".model"]
     try:
-        try:
+        with suppress(Exception if bare else ()):
             tokenizer = AutoTokenizer.from_pretrained(str(path) if here else name, local_files_only=here)
             # a class that reads other files (BertTokenizer) knows five tokens; the general one loses the first space
             reads = tokenizer.vocab_files_names.get("vocab_file")
             bare = bare and (reads != stored[0].name or type(tokenizer).__name__ == "TokenizersBackend")
-        except Exception:
-            if not bare:
-                raise
         if bare:  # the roles that have no piece get the ids after the last one
             tokenizer = SentencePieceBackend(vocab_file=str(stored[0]))
             known, model = tokenizer.get_vocab(), tokenizer.sp_model
