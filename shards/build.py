@@ -113,17 +113,15 @@ def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], w
     _until(store, begun, lambda: ([], lambda path: block.write_json(path, vars(settings))))
     with open(begun, "r+b") as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)
-        built, useless = _is_built(out, settings), False  # perhaps another process began, or has just ended
+        built = _is_built(out, settings)  # perhaps another process began, or has just ended
         try:
             if not built:
                 with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
                     made = partial(_made, pool, workers + 2, store)
                     _until(store, planned, partial(_tokenize, partial(made, planned), store, settings, size, sources, skip))
                     _until(store, manifest, partial(_draw, partial(made, manifest), store, settings, vocabulary))
-        except stored.NoPlan:
-            useless = True
-            raise
         finally:
+            useless = sys.exc_info()[0] is stored.NoPlan
             if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
                 with suppress(OSError):  # the last process to end removes what nothing goes on with; OUT too where it is empty
                     fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
 Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
 joined into flat files, read through memory maps: memory does not grow with them."""
 
-import json
 import mmap
 import os
 import shutil
@@ -69,10 +68,7 @@ def start_worker(vocabulary: Vocabulary, settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no worker outlives a killed parent
-    model = json.loads(vocabulary.json)
-    for token in model["added_tokens"]:
-        token["special"] = token["content"] != vocabulary.unk
-    tokenizer = Tokenizer.from_str(json.dumps(model))
+    tokenizer = Tokenizer.from_str(vocabulary.json)
     tokenizer.encode_special_tokens = True  # where the text itself says [SEP] it is text; only the unknown token is found
     WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings)
 
