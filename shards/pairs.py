@@ -50,10 +50,9 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
         ends, places = store.sentences[start:end + 1].tolist(), store.places[document + 1] - store.places[document]
         second = "none" if one_segment else "any" if places < store.places[-1] else "next"  # no other document to draw from
         for _ in range(places // (end - start)):
-            rows = np.array(cut_document(ends, capacity, second, rng), np.int64)
-            rows[:, :3] += start
-            table.append(np.insert(rows, 0, document, axis=1))
-    return np.concatenate(table)
+            rows = cut_document(ends, capacity, second, rng)
+            table += [(document, start + i, start + a, start + j, *more) for i, a, j, *more in rows]
+    return np.array(table, np.int64)
 
 
 def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
