@@ -13,8 +13,7 @@ from pretrain.engine import device_type, read_engine_file
 from pretrain.objective import OF_HEADS, layer_map, term_weights
 from pretrain.recipe import RECIPES, Recipe, Shape, override, parse_student
 from pretrain.student import first_weights
-from shards.block import Manifest, read_manifest, shard_path
-from shards.opener import local
+from shards.block import Manifest, check_there, read_manifest
 
 ENGINES = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -48,8 +47,8 @@ def resolve(given: Namespace) -> Plan:
     manifest = read_manifest(given.shards)
     if not manifest.rows:
         raise ValueError(f"{given.shards}: no training rows; build from more text")
-    for shard in manifest.shards + manifest.held_out if local(given.shards) else ():
-        shard_path(local(given.shards), shard)  # there, in its full length; its sum is checked when it is read
+    for shard in manifest.shards + manifest.held_out:
+        check_there(given.shards, shard)  # there, in its full length; its sum is checked when it is read
     engine_file = Path(given.engine or ENGINES / (f"gpu-{fastest_dtype()}.json" if device_type() == "cuda" else "cpu.json"))
     engine = read_engine_file(engine_file, device_type())
     config = model_config(given.teacher)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.opener import address, fetch, local
+from shards.opener import address, fetch
 
 FORMAT = 1
 BLOCK_ROWS = 512  # one sample; larger blocks read no faster
@@ -116,14 +116,13 @@ def write_shard(path: Path, blocks: Iterable[Block]) -> Shard:
     return Shard(path.name, rows, tokens, len(whole.getbuffer()), write(path, whole.getbuffer()))
 
 
-def shard_path(folder: Path, shard: Shard) -> Path:
-    """Where a listed shard lies, in its full length.  ValueError names it where it is missing or cut."""
-    path = folder / shard.name
-    if not path.is_file():
+def check_there(folder: str | Path, shard: Shard) -> None:
+    """ValueError names a listed shard that should lie in a local folder and is missing or cut there."""
+    path = address(folder, shard.name)
+    if isinstance(path, Path) and not path.is_file():
         raise ValueError(f"shard {path}: missing, but the manifest lists it; build the shards again or copy it back")
-    if (size := path.stat().st_size) != shard.bytes:
+    if isinstance(path, Path) and (size := path.stat().st_size) != shard.bytes:
         raise ValueError(f"shard {path}: {size:,} bytes, but the manifest says {shard.bytes:,}; build or copy it again")
-    return path
 
 
 def read_checked(folder: str | Path, name: str, sha256: str, size: int | None = None) -> bytes:
@@ -140,8 +139,7 @@ def read_checked(folder: str | Path, name: str, sha256: str, size: int | None = 
 
 def read_shard(folder: str | Path, shard: Shard) -> Block:
     """All rows of one shard, its size and sum checked first.  ValueError names the shard and what is wrong with it."""
-    if path := local(folder):
-        shard_path(path, shard)
+    check_there(folder, shard)
     data, arrays, at = read_checked(folder, shard.name, shard.sha256, shard.bytes), [], 0
     try:
         while at < len(data) and data[at]:  # headers by hand: tarfile and np.load would take most of a stream's time

@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -38,48 +37,49 @@ from shards.tokenizer import Vocabulary, open_tokenizer
 
 LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), "shards": (1, 99_999), "seed": (0, 2**63),
           "workers": (1, 999)}
-POLL = 1.0  # seconds between looks where other processes make all that is missing
 
 
-def _make(store: Path, result: Path, make: Callable, file: Path, *how):
-    """Make a file -> what `make` says, or True.  None where another process is at it, or it or what is made of it is there."""
-    with open(store / "locks" / file.name, "ab") as lock, suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: bool = False):
+    """Make a file -> True.  None where another process is at it, unless to wait, or it or what is made of it is there."""
+    with open(store / "locks" / file.name, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                return
+            print(f"waits for {file.name}, which another process makes", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.exists() and not result.exists():  # in this order: the result is there before its files go
             return make(file, *how) or True
 
 
 def _until(store: Path, result: Path, attempt: Callable[[], tuple[list[Path], Callable]]) -> None:
     """Return when `result` is there.  An attempt makes what it can of the files, and says what makes the result of all."""
-    free = True
     while not result.exists():
-        if free:
-            files, finish = attempt()
-        missing = next((file for file in files if not file.exists()), result)
-        before, free = free, _make(store, result, finish if missing == result else bool, missing)  # bool: may it be made?
-        if not free:
-            if before:
-                print(f"waits for {missing.name}, which another process makes", flush=True)
-            time.sleep(POLL)
+        files, finish = attempt()
+        if not any(_make(store, result, bool, file, wait=True) for file in files if not file.exists()):  # bool: was it made?
+            _make(store, result, finish, result, wait=True)
 
 
-def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], files: list[Path]) -> Iterator:
-    """What `make` returns for each file, or None where it is made elsewhere.  A task begins with its file; `files` gains all."""
-    waiting = deque()
+def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], done: Callable) -> list[Path]:
+    """Make the files that tasks begin with and no other process makes, `done` after each -> the files of all tasks."""
+    files, waiting = [], deque()
     for task in takewhile(lambda _: not result.exists(), tasks):
         files.append(task[0])
         if not task[0].exists():
             waiting.append(pool.submit(_make, store, result, make, *task))
         if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    yield from (future.result() for future in waiting)
+            done(waiting.popleft().result())
+    for future in waiting:
+        done(future.result())
+    return files
 
 
 def _make_shard(entry: Path, first: int, last: int) -> None:
     """Write one shard, then into .store its entry for the manifest and the counts of training rows."""
     kind, _, number = entry.stem.partition("-")
     settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
-    store, counts = stored.Store.opened(entry.parent / "joined" / kind, block.id_type(vocabulary.size)), Counter()
+    store, counts = stored.Store.opened(entry.parent / "joined", kind, block.id_type(vocabulary.size)), Counter()
     draws = [stored.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
     shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)
@@ -88,23 +88,19 @@ def _make_shard(entry: Path, first: int, last: int) -> None:
 
 def _tokenize(made: Callable, store: Path, settings, size: int, sources: list[Source], skip: bool) -> tuple:
     """Read all sources, and make the pieces that are to be made here -> (all pieces, what joins them)."""
-    pieces, tally, sizes, documents, tokens = [], Tally(skip), [source.bytes for source in sources], 0, 0
-    total, cut = None if None in sizes else sum(sizes), stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
-    with tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for found in filter(None, made(stored.make_piece, cut, pieces)):
-            documents, tokens = documents + found[0], tokens + found[1]
-            bar.set_postfix_str(f"{documents:,} documents, {tokens / (bar.format_dict['elapsed'] or 1):,.0f} tokens/s")
-            bar.update(tally.read - bar.n)
+    tally, sizes = Tally(skip), [source.bytes for source in sources]
+    cut = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
+    with tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
+        pieces = made(stored.make_piece, cut, lambda _: bar.update(tally.read - bar.n))
     return pieces, partial(stored.join, pieces, settings, tally, size)
 
 
 def _draw(made: Callable, store: Path, settings, vocabulary: Vocabulary) -> tuple:
     """Make the shards that are to be made here -> (the entries of all, what writes the manifest)."""
-    entries, (counts, shards) = [], json.loads((store / "joined/plan.json").read_text())
+    counts, shards = json.loads((store / "joined/plan.json").read_text())
     tasks = [(store / f"{name}.json", *span) for name, span in shards.items()]
     with tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None) as bar:
-        for _ in filter(None, made(_make_shard, tasks, entries)):
-            bar.update()
+        entries = made(_make_shard, tasks, lambda _: bar.update())
     return entries, partial(_finish, settings, vocabulary, counts, entries)
 
 
@@ -117,17 +113,15 @@ def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], w
     _until(store, begun, lambda: ([], lambda path: block.write_json(path, vars(settings))))
     with open(begun, "r+b") as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)
-        built, useless = _is_built(out, settings), False  # perhaps another process began, or has just ended
+        built = _is_built(out, settings)  # perhaps another process began, or has just ended
         try:
             if not built:
                 with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
                     made = partial(_made, pool, workers + 2, store)
                     _until(store, planned, partial(_tokenize, partial(made, planned), store, settings, size, sources, skip))
                     _until(store, manifest, partial(_draw, partial(made, manifest), store, settings, vocabulary))
-        except stored.NoPlan:
-            useless = True
-            raise
         finally:
+            useless = sys.exc_info()[0] is stored.NoPlan
             if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
                 with suppress(OSError):  # the last process to end removes what nothing goes on with; OUT too where it is empty
                     fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,15 +191,10 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error
     return block.read_manifest(out)
 
 
-def _failed(reason) -> int:
-    print("error:", " ".join(str(reason).split()), file=sys.stderr)
-    return 2
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shards.build", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda text: sys.exit(_failed(text))  # one line, without the usage
+    parser.error = lambda text: parser.exit(2, f"error: {text}\n")  # one line, without the usage
     add = parser.add_argument
     add("names", nargs="+", metavar="SOURCE[=WEIGHT]", help="text, JSON lines, Parquet, globs, folders, WikiText, ...")
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="what transformers.AutoTokenizer opens, or a .model file")
@@ -225,17 +214,18 @@ def main(argv: list[str] | None = None) -> int:
     settings = vars(parser.parse_args(argv))
     del settings["local_rank"]
     try:
-        manifest = build(**settings)
+        print(summary(settings["out"], build(**settings)))
+        return 0
     except ValueError as error:
-        return _failed(error)
+        said = str(error)
     except OSError as error:
-        return _failed(f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on")
+        said = f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on"
     except BrokenProcessPool:
-        return _failed("a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers")
+        said = "a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers"
     except KeyboardInterrupt:
-        return _failed("stopped; the same command goes on")
-    print(summary(settings["out"], manifest))
-    return 0
+        said = "stopped; the same command goes on"
+    print("error:", " ".join(said.split()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -13,27 +13,24 @@ STALL = 60  # seconds without a byte from a server end a try
 COMMAND_SECONDS = 600  # the longest a command may take: it may say nothing while it works
 
 
-def local(folder: str | Path) -> Path | None:
-    """The folder where it is a local one, else None.  ValueError where it is of no known kind."""
+def address(folder: str | Path, name: str) -> Path | str:
+    """A file's path where it is local, else its URL or `pipe:COMMAND`.  ValueError where the folder is of no known kind."""
     scheme, _, rest = str(folder).partition(":")
-    if scheme == "pipe" and "{}" not in rest or scheme not in ("http", "https", "pipe") and rest.startswith("//"):
+    if scheme in ("http", "https") and rest:
+        return f"{folder.rstrip('/')}/{name}"
+    if scheme == "pipe" and "{}" in rest:
+        return folder.replace("{}", name)
+    if scheme == "pipe" or rest.startswith("//"):
         raise ValueError(f"shards {folder}: give a folder, http(s)://HOST/FOLDER, or a command that prints file {{}}, such as "
                          "'pipe:aws s3 cp s3://bucket/wiki/{} -'")
-    return None if scheme in ("http", "https", "pipe") and rest else Path(folder)
-
-
-def address(folder: str | Path, name: str) -> str:
-    """A file's path, URL or command, as messages name it."""
-    if path := local(folder):
-        return str(path / name)
-    return folder.replace("{}", name) if folder.startswith("pipe:") else f"{folder.rstrip('/')}/{name}"
+    return Path(folder) / name
 
 
 def fetch(folder: str | Path, name: str, size: int | None = None) -> bytes:
     """All bytes of a file, in four tries where it is not local, `size` of them where that is known.  OSError in one line."""
     where = address(folder, name)
-    if local(folder):
-        return Path(where).read_bytes()
+    if isinstance(where, Path):
+        return where.read_bytes()
     for seconds in BACK_OFF:
         time.sleep(seconds)
         try:

@@ -44,16 +44,15 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
     """All rows of the documents first to last - 1, each as often as its copies.
 
     Columns: document, first sentence, end of A, end of the chunk, target, is B random."""
-    second = "none" if one_segment else "any" if len(store.documents) > 2 else "next"  # no other document to draw from
     table = []
-    for document in range(first, last):
+    for document in first + np.flatnonzero(np.diff(store.places[first:last + 1])):
         start, end = store.documents[document:document + 2].tolist()
-        ends = store.sentences[start:end + 1].tolist()
-        for _ in range((store.places[document + 1] - store.places[document]) // (end - start)):
-            rows = np.array(cut_document(ends, capacity, second, rng), np.int64)
-            rows[:, :3] += start
-            table.append(np.insert(rows, 0, document, axis=1))
-    return np.concatenate(table)
+        ends, places = store.sentences[start:end + 1].tolist(), store.places[document + 1] - store.places[document]
+        second = "none" if one_segment else "any" if places < store.places[-1] else "next"  # no other document to draw from
+        for _ in range(places // (end - start)):
+            rows = cut_document(ends, capacity, second, rng)
+            table += [(document, start + i, start + a, start + j, *more) for i, a, j, *more in rows]
+    return np.array(table, np.int64)
 
 
 def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -143,23 +142,19 @@ def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocab
 def _words_within(sizes: np.ndarray, rows: np.ndarray, budget: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """bool W: what is taken when each row goes through its words by `chance` and skips what exceeds its budget."""
     assert len(budget) <= 2**9 and len(sizes) <= 2**23, "the sorted integers hold no larger row or word numbers"
-    taken, left = np.zeros(len(sizes), bool), budget.copy()
-    some = chance < 2**30  # a quarter of the words nearly always fills the budget: the others are seldom sorted
-    for part in (some, ~some):
-        order = np.flatnonzero(part & (left[rows] > 0)).astype(np.uint64)
+    taken, left, some = np.zeros(len(sizes), bool), budget.copy(), chance < 2**30
+    for part in (some, ~some):  # a quarter of the words nearly always fills the budget: the others are seldom sorted
+        number = np.flatnonzero(part & (left[rows] > 0)).astype(np.uint64)
+        of_row, coin = rows[number].astype(np.uint64), chance[number].astype(np.uint64)
         # Sorting integers of row (9 bits), chance (32), word (23) is several times faster than argsort by (row, chance).
-        key = rows[order].astype(np.uint64) << np.uint64(55) | chance[order].astype(np.uint64) << np.uint64(23) | order
-        order = (np.sort(key) & np.uint64(2**23 - 1)).astype(np.int64)
-        while len(order := order[sizes[order] <= left[rows[order]]]):  # what exceeds now exceeds for good
-            row, size = rows[order], sizes[order]
-            total = np.cumsum(size)
-            begin = np.searchsorted(row, row)  # where the row's words begin in the order
-            fits = total - total[begin] + size[begin] <= left[row]
-            broken = np.cumsum(~fits)
-            fits &= broken == broken[begin]  # only up to the first word that exceeds; a row's first word always fits
-            taken[order[fits]] = True
-            left -= np.bincount(row[fits], size[fits], len(left)).astype(np.int64)
-            order = order[~fits]
+        order = (np.sort(of_row << np.uint64(55) | coin << np.uint64(23) | number) & np.uint64(2**23 - 1)).astype(np.int64)
+        at, ends = (np.searchsorted(of_row, np.arange(len(budget)), side) for side in ("left", "right"))
+        while len(row := np.flatnonzero((at < ends) & (left > 0))):  # the next word of each row
+            word = order[at[row]]
+            fits = sizes[word] <= left[row]
+            taken[word[fits]] = True
+            left[row[fits]] -= sizes[word[fits]]
+            at += 1
     return taken
 
 

@@ -1,13 +1,8 @@
-"""Names of sources -> documents.
+"""Names of sources -> documents.  README.md says what each kind of source is.
 
-    PATH[:COLUMN]                    a file, folder or glob of text, or of JSON lines or Parquet, whose rows are documents
-    wikitext:[NAME:]CONFIG           rows are lines; NAME is Salesforce/wikitext, or another of the same layout
-    bookcorpus[:NAME[:CONFIG]]       rows are sentences, and RUN of them a document: nothing says where books end
-    bookcorpusopen[:NAME[:CONFIG]]   a row is a book
-    hf:NAME[:CONFIG]:COLUMN          a row is a document
-
-NAME is a repository of the Hugging Face hub, streamed and not downloaded whole ([@SPLIT][#REVISION] may follow), or a folder
-laid out like one.  =WEIGHT behind a source repeats or thins it."""
+PATH[:COLUMN], wikitext:[NAME:]CONFIG, bookcorpus[:NAME[:CONFIG]], bookcorpusopen[:NAME[:CONFIG]] or hf:NAME[:CONFIG]:COLUMN, each
+perhaps with =WEIGHT behind it.  NAME is a repository of the Hugging Face hub, streamed and not downloaded whole
+([@SPLIT][#REVISION] may follow), or a folder laid out like one."""
 
 import glob
 import hashlib

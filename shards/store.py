@@ -1,9 +1,8 @@
 """The tokenized corpus on disk, from which rows are drawn.
 
 Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
-joined into flat files for training and for held-out documents, read through memory maps: memory does not grow with them."""
+joined into flat files, read through memory maps: memory does not grow with them."""
 
-import json
 import mmap
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -41,17 +40,18 @@ def chance(seed: int, stream: int, number: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Store:
-    """All sentences of the training or of the held-out documents, flat; D documents, S sentences."""
+    """All sentences of all documents, flat; D documents, S sentences."""
 
     ids: np.ndarray  # token ids
     sentences: np.ndarray  # S + 1 int64: sentence s is ids[sentences[s]:sentences[s + 1]]
     documents: np.ndarray  # D + 1 int64: document d is the sentences from documents[d] to documents[d + 1]
-    places: np.ndarray  # D + 1 int64: sentences x copies of the documents before d
+    places: np.ndarray  # D + 1 int64: sentences x copies of the documents before d; one that rows are not of has no copies
 
     @staticmethod
-    def opened(folder: Path, kind: type) -> "Store":
-        names = {"ids": kind, "sentences": np.int64, "documents": np.int64, "places": np.int64}
-        return Store(**{name: np.memmap(folder / name, kind, "r").view(np.ndarray) for name, kind in names.items()})
+    def opened(folder: Path, kind: str, id_type: type) -> "Store":
+        """For the rows of a kind, `train` or `held`, which is the name of its places."""
+        types = {"ids": id_type, "sentences": np.int64, "documents": np.int64, kind: np.int64}
+        return Store(*(np.memmap(folder / name, type_, "r").view(np.ndarray) for name, type_ in types.items()))
 
     def let_go(self) -> None:
         """Give back the memory of the pages that were read; they are read again when they are needed."""
@@ -68,10 +68,7 @@ def start_worker(vocabulary: Vocabulary, settings) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
         Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no worker outlives a killed parent
-    model = json.loads(vocabulary.json)
-    for token in model["added_tokens"]:
-        token["special"] = token["content"] != vocabulary.unk
-    tokenizer = Tokenizer.from_str(json.dumps(model))
+    tokenizer = Tokenizer.from_str(vocabulary.json)
     tokenizer.encode_special_tokens = True  # where the text itself says [SEP] it is text; only the unknown token is found
     WORKER.update(tokenizer=tokenizer, vocabulary=vocabulary, settings=settings)
 
@@ -102,8 +99,8 @@ def _hashed(sentences: list[str]) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> tuple[int, int]:
-    """Tokenize one piece into its file -> (documents, tokens).  Documents without a token are left out and counted."""
+def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> None:
+    """Tokenize one piece into its file.  Documents without a token are left out and counted."""
     unk, split = WORKER["vocabulary"].unk, [document.sentences() for document, _ in piece]
     sentences = [text.replace("<unk>", unk) if unk else text for text in chain.from_iterable(split)]
     encode = partial(WORKER["tokenizer"].encode_batch_fast, add_special_tokens=False)
@@ -120,7 +117,6 @@ def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> tu
     unknown = np.count_nonzero(ids == WORKER["tokenizer"].token_to_id(unk)) if unk else 0
     with written_whole(path) as file:
         np.savez(file, ids=ids, lengths=lengths[lengths > 0], documents=table[full], counts=[np.count_nonzero(~full), unknown])
-    return np.count_nonzero(full), len(ids)
 
 
 def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -133,10 +129,10 @@ def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray
 
 def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     """Contiguous ranges of documents of about equal tokens; fewer where documents are larger than a share."""
-    ends = np.cumsum(tokens)
-    edges = np.searchsorted(ends, [int(ends[-1]) * n // shards for n in range(1, shards)]) + 1
-    edges = np.unique(np.concatenate([[0], edges, [len(tokens)]])).astype(int)
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
+    there = np.flatnonzero(tokens)
+    ends = np.cumsum(tokens[there])
+    last = there[np.searchsorted(ends, [int(ends[-1]) * n // shards for n in range(1, shards + 1)])]
+    return list(pairwise(np.unique([0, *(last + 1)]).tolist()))
 
 
 class NoPlan(ValueError):
@@ -145,26 +141,32 @@ class NoPlan(ValueError):
 
 def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[str, tuple[int, int]]:
     """The range of documents of each shard, `train-00000` and on, from the tokens x copies of each document."""
-    if len(train) < 2 - settings.one_segment:
-        raise NoPlan(f"documents to train on: {len(train)}, but random second segments need two at least; give more text"
-                     + ", or --one-segment for rows without a second segment" * len(train))
+    if (there := np.count_nonzero(train)) < 2 - settings.one_segment:
+        raise NoPlan(f"documents to train on: {there}, but random second segments need two at least; give more text"
+                     + ", or --one-segment for rows without a second segment" * there)
     # A token makes 1.25 of rows (special ones and random second segments, less what is cut), 0.15 of each mask set.
     estimate = 1.25 * train.sum() * (id_bytes + 0.15 * settings.mask_sets * (id_bytes + 1))
     ranges = {"train": _ranges(train, settings.shards or max(1, round(estimate / SHARD_BYTES)))}
     if (most := len(ranges["train"])) < (settings.shards or 0):
         raise NoPlan(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
-    if len(held):
+    if held.any():
         ranges["held"] = _ranges(held, max(1, round(most * held.sum() / train.sum())))
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
 
 
 def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: Path) -> None:
-    """Lay all pieces end to end as train and held beside plan.json, written last: what was counted, what is to be made."""
-    counts, tables, folder = Counter(tally.counts), [np.zeros(0, DOCUMENT)], planned.parent
-    for path in pieces:
-        with np.load(path) as piece:
-            tables.append(piece["documents"])
-            counts.update(dict(zip(("dropped_empty", "unknown_tokens"), piece["counts"].tolist(), strict=True)))
+    """Lay all pieces end to end beside plan.json, written last: what was counted, what is to be made."""
+    counts, tables, folder, end = Counter(tally.counts), [np.zeros(0, DOCUMENT)], planned.parent, 0
+    folder.mkdir(exist_ok=True)
+    with written_whole(folder / "ids") as ids, written_whole(folder / "sentences") as sentences:
+        sentences.write(np.zeros(1, np.int64))
+        for path in pieces:
+            with np.load(path) as piece:
+                tables.append(piece["documents"])
+                counts.update(dict(zip(("dropped_empty", "unknown_tokens"), piece["counts"].tolist(), strict=True)))
+                ids.write(piece["ids"])
+                sentences.write(end + np.cumsum(piece["lengths"], dtype=np.int64))
+                end += len(piece["ids"])
     table = np.concatenate(tables)  # in all some 60 bytes of memory a document
     if settings.dedup:
         again = np.ones(len(table), bool)
@@ -173,34 +175,16 @@ def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: P
         counts["dropped_duplicate"] = np.count_nonzero(again)
     kept = table["copies"] > 0
     held = held_out_documents(kept, settings.held_out, settings.seed)
-    table["copies"][held] = 1
-    weights = table["tokens"] * table["copies"].astype(np.int64)
-    tasks = plan(settings, weights[kept & ~held], weights[held], np.dtype(id_type(vocab_size)).itemsize)
-    _lay(folder / "train", table, kept & ~held, pieces)
-    _lay(folder / "held", table, held, pieces)
-    of_source = np.bincount(table["source"], weights * ~held, len(settings.sources))
+    copies = table["copies"] * ~held
+    sizes, tokens = (table[name].astype(np.int64) for name in ("sentences", "tokens"))
+    for name, counted in {"documents": sizes, "train": sizes * copies, "held": sizes * held}.items():
+        with written_whole(folder / name) as file:
+            file.write(np.append(0, np.cumsum(counted)))
+    tasks = plan(settings, tokens * copies, tokens * held, np.dtype(id_type(vocab_size)).itemsize)
+    of_source = np.bincount(table["source"], tokens * copies, len(settings.sources))
     counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),
-                  sentences=table["sentences"][kept].sum(), tokens=table["tokens"][kept].sum())
+                  sentences=sizes[kept].sum(), tokens=tokens[kept].sum())
     shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
               for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
     write_json(planned, [dict(counts, bad=tally.bad, sources=shares), tasks])
     shutil.rmtree(pieces[0].parent)
-
-
-def _lay(folder: Path, table: np.ndarray, chosen: np.ndarray, pieces: list[Path]) -> None:
-    """Write the files of a Store of the chosen documents, piece by piece."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes, done, end = table["sentences"][chosen].astype(np.int64), 0, 0
-    for name, counted in (("documents", sizes), ("places", sizes * table["copies"][chosen])):
-        with written_whole(folder / name) as file:
-            file.write(np.append(0, np.cumsum(counted)))
-    with written_whole(folder / "ids") as ids, written_whole(folder / "sentences") as sentences:
-        sentences.write(np.zeros(1, np.int64))
-        for path in pieces:
-            with np.load(path) as piece:
-                sizes = piece["documents"]["sentences"]
-                of_chosen = np.repeat(chosen[done:done + len(sizes)], sizes)
-                ids.write(piece["ids"][np.repeat(of_chosen, piece["lengths"])])
-                lengths = piece["lengths"][of_chosen]
-            sentences.write(end + np.cumsum(lengths, dtype=np.int64))
-            done, end = done + len(sizes), end + int(lengths.sum())

@@ -61,13 +61,12 @@ class Stream:
         if lanes % world:
             raise ValueError(f"lanes={lanes} do not divide over {world} ranks; start with a number of ranks that "
                              f"divides {lanes}, or write lanes=N with N a multiple of {world} that divides batch={batch}")
-        if mask == "precomputed" and not manifest.mask_sets:
-            raise ValueError("mask=precomputed, but the shards hold no mask sets; build them with --mask-sets 3, or mask=none")
         self.manifest, self.read, self.mask, self.padded = manifest, read, mask, padded
         self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
         self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
         self.sizes = tuple(shard.rows for shard in manifest.shards)
-        self.first_row = np.cumsum([0, *self.sizes])
+        self.shards = manifest.shards + manifest.held_out
+        self.first_row = np.cumsum([0, *(shard.rows for shard in self.shards)])
         quarter = lanes * manifest.rows // len(self.sizes) // 4 // batch  # batches in which a lane reads a quarter of a shard
         self.steps, self.ahead = max(1, min(quarter, GATHERED // len(self.mine))), quarter * batch
         self.decoded: dict[int, Future] = {}  # what _decode gives, by pass * shards + shard
@@ -99,8 +98,14 @@ class Stream:
             if j != self.span.stop:
                 self.decoded.clear()  # of another place, or not to be read: it is tried again
             steps, self.span = self.steps if self.decoded else 1, range(-1)
-            self.rows = self._gathered(j, steps)
+            keys, entries = self.plan(j, steps)
+            self._open(keys)
+            self.rows = self._joined(self.decoded, keys, entries, np.arange(len(keys)) // share)
             self.span = range(j, j + steps * self.batch, self.batch)
+            following, later = (self.plan(self.span.stop + more, 1)[0] for more in (0, self.ahead))
+            for key in {*keys.tolist()} - {*following.tolist(), *later.tolist()}:
+                del self.decoded[key]
+            self._open(later)  # ahead
         at = self.span.index(j) * share
         return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
 
@@ -112,33 +117,22 @@ class Stream:
         segments = (positions >= first[:, None]) & real
         return Batch(ids[some, :len(positions)].astype(np.int64), segments.astype(np.int64), real, numbers)
 
-    def _gathered(self, j: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's rows of some batches, batch by batch, each sorted by length; opens what comes later."""
-        keys, entries = self.plan(j, steps)
-        self._open(keys)
-        rows = self._joined(self.decoded, keys, entries, np.arange(len(keys)) // len(self.mine))
-        following, later = (self.plan(j + steps * self.batch + more, 1)[0] for more in (0, self.ahead))
-        for key in {*keys.tolist()} - {*following.tolist(), *later.tolist()}:
-            del self.decoded[key]
-        self._open(later)
-        return rows
-
     def _open(self, keys: np.ndarray) -> None:
         for key in sorted({*keys.tolist()} - self.decoded.keys()):
             epoch, n = divmod(key, len(self.sizes))
             order = row_order(self.seed, epoch, n, self.sizes[n])
-            self.decoded[key] = self.readers.submit(self._decode, self.manifest.shards[n], order, epoch, self.first_row[n])
+            self.decoded[key] = self.readers.submit(self._decode, n, order, epoch)
 
-    def _decode(self, shard: Shard, order: np.ndarray, epoch: int, first_row: int) -> tuple[np.ndarray, ...]:
-        """A shard in an order: (windows of its flat ids, each from one id on; the window of each row; facts (R, 4))."""
-        block, width = self.read(shard), -(-self.manifest.row_length // 8) * 8
+    def _decode(self, n: int, order: np.ndarray, epoch: int) -> tuple[np.ndarray, ...]:
+        """Shard n in an order: (windows of its flat ids, each from one id on; the window of each row; facts (R, 4))."""
+        block, width = self.read(self.shards[n]), -(-self.manifest.row_length // 8) * 8
         flat = np.concatenate([block.ids, np.zeros(width, block.ids.dtype)])
         begins = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
         if self.mask == "precomputed":
             mask_set, counts = epoch % self.manifest.mask_sets, block.mask_counts.sum(1, dtype=np.int64)
             some = slice(counts[:mask_set].sum(), counts[:mask_set + 1].sum())
             flat[np.repeat(begins, block.mask_counts[mask_set]) + block.mask_positions[some]] = block.mask_ids[some]
-        facts = np.stack([block.lengths[order], block.first[order], first_row + order, np.full(len(order), epoch)], 1)
+        facts = np.stack([block.lengths[order], block.first[order], self.first_row[n] + order, np.full(len(order), epoch)], 1)
         return np.lib.stride_tricks.sliding_window_view(flat, width), begins[order], facts
 
     def _joined(self, decoded: dict[int, Future], keys: np.ndarray, entries: np.ndarray, steps: np.ndarray) -> tuple:
@@ -157,22 +151,18 @@ class Stream:
 
     def held_out(self, most: int, micro: int) -> list[Batch]:
         """This rank's share of the first `most` held-out rows; numbered on behind the training rows."""
-        most = min(most, sum(shard.rows for shard in self.manifest.held_out))
-        return self._picked(self.manifest.held_out, np.arange(self.rank, most, self.world), self.manifest.rows, micro)
+        first = self.manifest.rows
+        return self._picked(np.arange(first + self.rank, min(first + most, self.first_row[-1]), self.world), micro)
 
     def some(self, most: int) -> Batch:
         """Up to `most` rows of the first training shard, from end to end of it; the same ones on all ranks."""
-        shard = self.manifest.shards[0]
-        rows = np.linspace(0, shard.rows - 1, min(most, shard.rows)).astype(int)
-        return self._picked((shard,), rows, 0, most)[0]
+        return self._picked(np.linspace(0, self.sizes[0] - 1, min(most, self.sizes[0])).astype(int), most)[0]
 
-    def _picked(self, shards: tuple[Shard, ...], rows: np.ndarray, first: int, micro: int) -> list[Batch]:
-        """Rows of shards laid end to end, masked as in pass 0; `first` is the number of the first one's first row."""
-        begins = np.cumsum([0, *(shard.rows for shard in shards)])
-        keys = np.searchsorted(begins, rows, side="right") - 1
-        decoded = {n: self.readers.submit(self._decode, shards[n], np.arange(shards[n].rows), 0, first + begins[n])
-                   for n in np.unique(keys).tolist()}
-        joined = self._joined(decoded, keys, rows - begins[keys], np.zeros_like(rows)) if decoded else ()
+    def _picked(self, rows: np.ndarray, micro: int) -> list[Batch]:
+        """Rows by their numbers, masked as in pass 0."""
+        shards = np.searchsorted(self.first_row, rows, side="right") - 1
+        decoded = {n: self.readers.submit(self._decode, n, np.arange(self.shards[n].rows), 0) for n in np.unique(shards).tolist()}
+        joined = self._joined(decoded, shards, rows - self.first_row[shards], np.zeros_like(rows)) if decoded else ()
         return [self._cut(*joined, slice(n, n + micro)) for n in range(0, len(rows), micro)]
 
 

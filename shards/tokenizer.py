@@ -4,11 +4,12 @@ import hashlib
 import json
 import re
 import string
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 
 # Changing a letter here changes every fingerprint: case, accents, digits, punctuation, other scripts, odd spacing.
 PROBE = "The Quick brown-fox can't  pay 1,234.50 for naïve café — unbelievably! ありがとう Привет 😀 [x]\tEnd."
@@ -22,7 +23,7 @@ class Vocabulary:
     """A fast tokenizer as workers take it: text to rebuild it from, and one bool an id for each property."""
 
     name: str  # as it was given: a folder, a SentencePiece file or a hub name
-    json: str = field(repr=False)  # for tokenizers.Tokenizer.from_str; truncation and padding are off
+    json: str = field(repr=False)  # for tokenizers.Tokenizer.from_str; truncation and padding are off, all but `unk` special
     size: int  # ids are below this
     pad: int
     cls: int
@@ -42,37 +43,31 @@ class Vocabulary:
 
 def _fast(slow):
     """The fast form of a Python tokenizer over a SentencePiece model.  ValueError where a probe gets other ids."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
-    proto = ModelProto.FromString(slow.sp_model.serialized_model_proto())
-    trained, rules = proto.trainer_spec, proto.normalizer_spec
-    scores = {piece.piece: piece.score for piece in proto.pieces}
-    own, control = ([piece.piece for piece in proto.pieces if piece.type == kind] for kind in (4, 3))  # a user's; <s> and such
-    after = slow.convert_ids_to_tokens(range(len(scores), len(slow)))
-    if trained.model_type == trained.UNIGRAM:
-        model = models.Unigram([*scores.items()], unk_id=slow.sp_model.unk_id(), byte_fallback=trained.byte_fallback)
-    elif trained.model_type == trained.BPE:
-        ids = {piece: number for number, piece in enumerate(scores)}
-        model = models.BPE(ids, generate_merges(ids, scores, {*own, *control}), unk_token=slow.unk_token, fuse_unk=True,
-                           byte_fallback=trained.byte_fallback, ignore_merges=bool(own))
-    else:
+    extractor = SentencePieceExtractor(slow.vocab_file)
+    pieces, trained, rules = extractor.proto.pieces, extractor.proto.trainer_spec, extractor.proto.normalizer_spec
+    if trained.model_type not in (trained.UNIGRAM, trained.BPE):
         raise ValueError("its SentencePiece model has words or characters, not unigram or BPE pieces")
+    model = extractor.extract(None)
+    backend = SpmConverter.build_tokenizer_from_spm_proto(extractor.proto, model["vocab"], model.get("merges"))
     steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     blanks = {"^ +| +$": "", " {2,}": " "} if rules.remove_extra_whitespaces else {}
     steps += [normalizers.Replace(Regex(old), new) for old, new in (blanks | {" ": "\u2581"}).items()]
     steps += [normalizers.Prepend("\u2581")] if rules.add_dummy_prefix else []
-    backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence(steps)
-    if own:  # what a user defined is cut out of the text first, then found whole (ignore_merges)
+    own, control = ([piece.piece for piece in pieces if piece.type == kind] for kind in (4, 3))  # a user's; <s> and such
+    if own:  # what a user defined is cut out of the text first, then found whole
         longest_first = sorted(map(re.escape, own), key=len, reverse=True)
         backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(longest_first)), "isolated")
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    if own and trained.model_type == trained.BPE:
+        backend.model.ignore_merges = True
+    after = slow.convert_ids_to_tokens(range(len(pieces), len(slow)))
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in (*control, *after)])
     for text in (PROBE, f"  {' a'.join(own)}{''.join(own)}b {PROBE.lower()} "):
         ours, its = backend.encode(text).ids, slow.encode(text, add_special_tokens=False)
-        gap = sum(proto.pieces[number].score for number in ours) - sum(proto.pieces[number].score for number in its)
+        gap = sum(pieces[number].score for number in ours) - sum(pieces[number].score for number in its)
         if ours != its and (trained.model_type == trained.BPE or abs(gap) > 1e-3):  # else a tie: SentencePiece adds in float32
             raise ValueError("its SentencePiece model has no fast form with the same ids")
     if slow.cls_token and slow.sep_token:
@@ -103,14 +98,11 @@ def auto_tokenizer(name: str):
     stored = [path] if is_file else [*path.glob("*.model"), *path.glob("tokenizer.json"), *path.glob("vocab.*")]
     bare = [file.suffix for file in stored] == [".model"]
     try:
-        try:
+        with suppress(Exception if bare else ()):
             tokenizer = AutoTokenizer.from_pretrained(str(path) if here else name, local_files_only=here)
             # a class that reads other files (BertTokenizer) knows five tokens; the general one loses the first space
             reads = tokenizer.vocab_files_names.get("vocab_file")
             bare = bare and (reads != stored[0].name or type(tokenizer).__name__ == "TokenizersBackend")
-        except Exception:
-            if not bare:
-                raise
         if bare:  # the roles that have no piece get the ids after the last one
             tokenizer = SentencePieceBackend(vocab_file=str(stored[0]))
             known, model = tokenizer.get_vocab(), tokenizer.sp_model
@@ -146,6 +138,8 @@ def open_tokenizer(name: str) -> Vocabulary:
     special = np.zeros(len(tokens), bool)
     special[[number for number, added in backend.get_added_tokens_decoder().items() if added.special]] = True
     model = json.loads(backend.to_str())
+    for token in model["added_tokens"]:
+        token["special"] = token["content"] != tokenizer.unk_token  # what a text itself says is text, but for the unknown token
     if (model["pre_tokenizer"] or {}).get("type") == "ByteLevel":
         model["pre_tokenizer"]["add_prefix_space"] = True  # sentences are laid end to end: a word begins each
     if prefix := model["model"].get("continuing_subword_prefix"):  # WordPiece marks what continues a word,

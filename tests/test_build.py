@@ -363,6 +363,19 @@ def test_shards_are_about_16_mb_without_a_number():
     assert 0.7 < tokens * 3.35 / SHARD_BYTES < 1.4  # 2 bytes an id and 3 sets of 15 % of 3 bytes
 
 
+def test_every_planned_shard_has_documents_of_its_kind():
+    """Whatever stands before, between and behind them in the store."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    settings = SimpleNamespace(one_segment=False, mask_sets=3, shards=4)
+    for _ in range(200):
+        of_train, tokens = rng.random(40) < rng.random(), rng.integers(1, 10 ** rng.integers(1, 6), 40)
+        train, held = tokens * of_train, tokens * ~of_train
+        if of_train.sum() < 4 or train.max() > train.sum() // 5:
+            continue
+        for name, (first, last) in plan(settings, train, held, 2).items():
+            assert (train if name.startswith("train") else held)[first:last].any()
+
+
 def test_the_manifest_is_plain_json(built):
     assert json.loads((built / "manifest.json").read_text())["format"] == block.FORMAT
 

@@ -18,7 +18,7 @@ from tests.conftest import generated_documents
 pytestmark = pytest.mark.faults
 SMALL = """
 import sys, shards.build, shards.store
-shards.store.PIECE_CHARS, shards.build.POLL = 3000, 0.05
+shards.store.PIECE_CHARS = 3000
 if __name__ == "__main__":
     sys.exit(shards.build.main())
 """
