@@ -9,15 +9,18 @@ import json
 import math
 import os
 import shutil
+import socket
 import warnings
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.ranks import Ranks
+from pretrain.ranks import Ranks, watch
 from pretrain.recipe import Recipe, did_you_mean
 
 OF_RECIPE = {"optimizer": "lr=, weight_decay=, beta1=, beta2=, eps=", "scheduler": "lr=, warmup=, steps=",
@@ -84,30 +87,37 @@ def device_type() -> str:
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def join() -> Ranks:
-    """Meet the other ranks.  A process that no launcher started is a run of one rank."""
-    kind = device_type()
+def join(timeout: float = 600) -> Ranks:
+    """Meet the other ranks; one that is not heard of for `timeout` seconds is lost.  Without a launcher: a run of one rank."""
+    kind, given, wait = device_type(), os.environ, timedelta(seconds=timeout)
     import deepspeed.ops
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
     # Only inference uses this op, and DeepSpeed would compile it at start: 30 to 70 s, or an error without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:
-        tasks = os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE") or "1"
-        if tasks != "1":
-            raise ValueError(f"{tasks} tasks were started, but RANK is not set in them, so each would be a run of its own; "
-                             "start one task a node with deepspeed launch/general.sh ..., or torchrun")
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device(kind)
+    tasks = next(filter(None, map(given.get, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))), "1")
+    if "RANK" not in given and tasks == "1":
+        given.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: a free one
+    elif "RANK" not in given and {"SLURM_STEP_NUM_TASKS", "MASTER_ADDR", "MASTER_PORT"} <= given.keys():
+        given.update(RANK=given["SLURM_PROCID"], WORLD_SIZE=tasks, LOCAL_RANK=given["SLURM_LOCALID"])
+    elif "RANK" not in given:
+        raise ValueError(f"{tasks} tasks were started, but RANK is not set in them, so each would be a run of its own; start "
+                         "them as launch/slurm.sbatch does, or one a node with deepspeed launch/general.sh ..., or torchrun")
+    local = given.get("LOCAL_RANK", "0")
+    device = torch.device(kind, int(local)) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
     try:
-        deepspeed.init_distributed("nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-    except dist.DistNetworkError as error:
-        port = os.environ["MASTER_PORT"]
-        raise ValueError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); if "
+        deepspeed.init_distributed("nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=wait)
+    except dist.DistError as error:
+        port = given["MASTER_PORT"]
+        raise ValueError(f"the ranks cannot meet at {given['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); if "
                          f"another run has the port, write deepspeed --master_port {int(port) + 1} ...") from None
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=wait))
+    hosts = {rank: name for rank, name in enumerate(ranks.gathered(local == "0" and socket.gethostname())) if name}
+    if len(hosts) > 1 and ranks.rank in hosts:
+        Thread(target=watch, args=(hosts, ranks.rank, timeout), daemon=True).start()
+    return ranks
 
 
 class Engine:

@@ -25,6 +25,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="tinybert", choices=RECIPES, help="settings to begin from")
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: what is fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds without a word after which a host or rank is lost")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; LOCAL_RANK is what is read
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over the recipe's")
     parser.error = _refuse  # one line on one rank, as for every other error
@@ -37,7 +38,7 @@ def _refuse(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run; an error is one line, by rank 0 where all ranks know it, and exit code 2 (1 on a rank that lost another)."""
-    stop, rank, code, said = StopRequest(), os.environ.get("RANK", "0"), 2, None
+    stop, rank, code, said = StopRequest(), os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"), 2, None
     try:
         code = run(options(argv), stop)
     except ValueError as error:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:  # this rank's alone, such as a full disk under metrics.jsonl
         said = f"rank {rank}: {error}"
     except RuntimeError as error:
-        if "by peer" not in str(error):  # gloo's words, whichever call it broke off
+        if "by peer" not in str(error) and "imed out" not in str(error):  # gloo's words, whichever call it broke off
             raise
         code, said = 1, f"rank {rank} lost another rank ({str(error)[:200]}...); the same command goes on from its checkpoint"
     if said:
@@ -62,7 +63,7 @@ def run(given: argparse.Namespace, stop: StopRequest) -> int:
     from pretrain.plan import resolve
     from pretrain.train import Run
 
-    ranks = join()
+    ranks = join(given.timeout)
     stop.armed = True
     try:
         plan = ranks.together(partial(resolve, given))  # one rank alone may find fault: its host may lack the shards

@@ -1,9 +1,13 @@
 """What the ranks say to each other, in calls that all make alike: all fail together, and none is left waiting."""
 
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -62,3 +66,26 @@ class Ranks:
         done = [self.together(work) if self.rank == 0 else self.agree(None)]
         dist.broadcast_object_list(done, src=0, group=self.talk)
         return done[0]
+
+
+def watch(hosts: dict[int, str], mine: int, timeout: float) -> None:
+    """Beat for this host in the master's store, and end the process where another is silent.  For a thread of one rank a host."""
+    silence, last, silent = 0.8 * timeout, {rank: (0, time.monotonic()) for rank in hosts}, []
+    # Beats are counted, and timed by the clock of whoever looks: hosts' clocks may differ.
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+
+    def beat() -> None:  # in a thread of its own: where a link is cut the store's answer never comes
+        while True:
+            with suppress(dist.DistError):
+                for rank in hosts:
+                    count = store.add(f"heartbeat {rank}", int(rank == mine))
+                    last[rank] = last[rank] if last[rank][0] == count else (count, time.monotonic())
+            time.sleep(timeout / 10)
+    Thread(target=beat, daemon=True).start()
+    while not silent:
+        time.sleep(timeout / 10)
+        silent = [host for rank, host in hosts.items() if time.monotonic() - last[rank][1] > silence]
+    whose = f"the master {hosts[0]}" if hosts[mine] in silent else ", ".join(silent)
+    print(f"error: host {hosts[mine]} has not heard of {whose} for {silence:.0f} s; the same command goes on from the last "
+          "checkpoint, also on the hosts that are left", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,10 @@ class Run:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets, which are GBs, at each step
         ranks.together(self._open_inputs)
-        ranks.first(self._open_out)
+        mark = ranks.first(self._open_out)
+        ranks.agree(None if mark.exists() else ValueError(
+            f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
+        ranks.first(mark.unlink)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()
         self._begin()
@@ -63,14 +67,17 @@ class Run:
         if layers := windowed(self.teacher.config):
             ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
 
-    def _open_out(self) -> None:
-        """With --fresh the old run is renamed first; nothing is deleted."""
+    def _open_out(self) -> Path:
+        """With --fresh the old run is renamed first; nothing is deleted -> a new file there, for all to see."""
         if self.plan.options.fresh and self.out.exists():
             number = next(n for n in range(1, 10**6) if not self.out.with_name(f"{self.out.name}.{n}").exists())
             self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
             self.ranks.say(f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
         self.out.mkdir(parents=True, exist_ok=True)
         recover(self.out / "students")
+        mark = self.out / f".mark-{socket.gethostname()}-{os.getpid()}"
+        mark.touch()
+        return mark
 
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""

@@ -136,3 +136,14 @@ def two_ranks_in_pieces(inputs, tmp_path_factory) -> tuple[Path, Path]:
 def inputs(shards_folder, teacher_folder) -> list[str]:
     """The options that every run of general distillation needs here."""
     return ["--shards", str(shards_folder), "--teacher", str(teacher_folder), "--teacher-dtype", "fp32"]
+
+
+@pytest.fixture(scope="session")
+def hosts(tmp_path_factory):
+    """Two hosts on one switch, h1 and h2."""
+    from hosts import Hosts, lacking
+
+    if why := lacking():
+        pytest.skip(why)
+    with Hosts(tmp_path_factory.mktemp("hosts") / "etc", 2) as made:
+        yield made

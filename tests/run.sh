@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The whole suite in an environment of its own:   bash tests/run.sh [PYTEST OPTIONS]
-# Tests that kill, fill or cut something (faults) and that need several hosts (hosts) run with: -m "faults or hosts".
+# Tests that kill, fill or cut something (faults) run with -m faults, those that need several hosts with --hosts.
 set -euo pipefail
 . "$(dirname "$0")/../launch/venv.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python -m flake8
 [ $# -gt 0 ] || set -- -m "not faults and not hosts"
+[ "$1" != --hosts ] || set -- -m hosts "${@:2}"
 exec python -m pytest "$@"
