@@ -7,7 +7,7 @@
 # DeepSpeed runs the file it is given with `python -u FILE` on every rank, so this file is read by both languages:
 # bash sees a no-op (''':') and then a script that ends in a here document, Python sees one long string and then a program.
 ''':'
-case " $* " in *" --help "* | *" -h "*) exec python "$0" "$@" ;; esac
+case " $* " in *" --help "* | *" -h "* | *" --dry-run "*) exec python "$0" "$@" ;; esac
 if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
 
 # DeepSpeed's launchers orphan the ranks on SIGTERM, or hurry them one after another.  So they run in a process group of

@@ -26,6 +26,9 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: what is fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
     parser.add_argument("--timeout", type=float, default=600, help="seconds without a word after which a host or rank is lost")
+    parser.add_argument("--dry-run", action="store_true", help="only say what the run will be and take; needs no GPU")
+    parser.add_argument("--gpus", type=int, help="of a dry run: GPUs in all, each a rank; default: one rank as here")
+    parser.add_argument("--tflops", type=float, help="of a dry run: what each GPU reaches, for the hours")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher gives it; LOCAL_RANK is what is read
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings over the recipe's")
     parser.error = _refuse  # one line on one rank, as for every other error
@@ -57,6 +60,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(given: argparse.Namespace, stop: StopRequest) -> int:
     """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
+    if given.dry_run:
+        from pretrain.budget import budget
+
+        print(budget(given))
+        return 0
     import torch.distributed as dist  # here: --help answers without torch
 
     from pretrain.engine import join

@@ -50,7 +50,7 @@ def resolve(given: Namespace) -> Plan:
     for shard in manifest.shards + manifest.held_out:
         check_there(given.shards, shard)  # there, in its full length; its sum is checked when it is read
     engine_file = Path(given.engine or ENGINES / (f"gpu-{fastest_dtype()}.json" if device_type() == "cuda" else "cpu.json"))
-    engine = read_engine_file(engine_file, device_type())
+    engine = read_engine_file(engine_file, "cuda" if given.gpus else device_type())
     config = model_config(given.teacher)
     tokenizer = check_tokenizer(given.teacher, config, manifest)
     for name, shape in students.items():
