@@ -38,5 +38,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 if __name__ == "__main__":
     from pretrain.general import main
 
-    main()
+    if "--dry-run" in sys.argv:
+        from launch.budget import dry_run as work
+    else:
+        work = None
+    main(work=work)
 # end of Python

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from pretrain.recipe import RECIPES, SHAPES, Recipe
@@ -39,11 +40,11 @@ def _refuse(text: str) -> None:
     raise ValueError(f"{text}; see bash launch/general.sh --help")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run; an error is one line, by rank 0 where all ranks know it, and exit code 2 (1 on a rank that lost another)."""
+def main(argv: list[str] | None = None, work: Callable | None = None) -> None:
+    """`run`, or other work; an error is one line, by rank 0 where all ranks know it, and exit code 2 (1 where one is lost)."""
     stop, rank, code, said = StopRequest(), os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"), 2, None
     try:
-        code = run(options(argv), stop)
+        code = (work or run)(options(argv), stop)
     except ValueError as error:
         said = str(error) if rank == "0" else None
     except OSError as error:  # this rank's alone, such as a full disk under metrics.jsonl
@@ -60,11 +61,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(given: argparse.Namespace, stop: StopRequest) -> int:
     """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
-    if given.dry_run:
-        from pretrain.budget import budget
-
-        print(budget(given))
-        return 0
     import torch.distributed as dist  # here: --help answers without torch
 
     from pretrain.engine import join

@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import ROOT, SMALL, launch
 
-from pretrain.budget import budget, one_micro_batch
+from launch.budget import budget, one_micro_batch
 from pretrain.general import options
 from pretrain.plan import resolve
 

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run will take, told by one process that needs neither GPU nor weights.
+"""`bash launch/general.sh --dry-run`: what a run will take, told by one process that needs neither GPU nor weights.
 
 One micro batch goes through models of torch's fake tensors, while living tensors and matrix products are counted."""
 
@@ -102,3 +102,9 @@ def budget(given: Namespace) -> str:
     if given.tflops:
         lines.append(f"{hours / given.tflops:.4g} hours, {hours * ranks / given.tflops:.4g} GPU-hours at {given.tflops:g} TFLOP/s")
     return "\n".join(lines)
+
+
+def dry_run(given: Namespace, _stop) -> int:
+    """In the place of pretrain.general.run -> exit code."""
+    print(budget(given))
+    return 0
