@@ -49,11 +49,10 @@ def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
 
 def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, init: str, recipe: Recipe,
                   rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:
-    """A new student over the teacher's vocabulary and positions.  `layers` is what objective.layer_map gives.
+    """A new student over the teacher's vocabulary and positions; `layers` and `init` are what layer_map and first_weights give.
 
-    `init` is `random`, `teacher` (embeddings and the mapped layers copied) or `projected` (cut to width by what the teacher
-    computes on `rows`: ids, segments, real).  Random weights are BERT's own N(0, 0.02), drawn from (seed, name), so a student
-    has the same ones alone and beside others."""
+    Random weights are BERT's own, drawn from (seed, name): the same alone and beside others.  `projected` ones are fitted to what
+    the teacher computes on `rows`: ids, segments, real."""
     t = teacher.config
     config = BertConfig(
         vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
