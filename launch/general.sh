@@ -13,6 +13,8 @@ if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
 # DeepSpeed's launchers orphan the ranks on SIGTERM, or hurry them one after another.  So they run in a process group of
 # their own and ignore SIGUSR1, which the ranks take as: end the step, save, exit with 75.  A second signal kills them.
 trap '' USR1
+# With --hostfile pdsh waits for every host; ssh notices in a minute that one is gone.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
 setsid deepspeed --log_level error ${DS_ARGS-} "$0" "$@" &
 group=$! signals=0
 trap 'signals=$((signals + 1))' TERM INT HUP
@@ -21,13 +23,17 @@ wait "$group"  # until it ends, or a signal comes
 code=$?
 while left; do
     if [ "$signals" -ge 2 ]; then kill -KILL -- "-$group"; fi
-    if [ "$signals" -eq 1 ]; then kill -USR1 -- "-$group"; fi  # each second: the ranks may not have been there yet
+    if [ "$signals" -eq 1 ]; then
+        kill -USR1 -- "-$group"  # each second: the ranks may not have been there yet
+        # On other hosts no signal arrives, but the ranks there see that their launcher's ssh is gone, and do the same.
+        if pkill -TERM -P "$(pgrep -g "$group" -x pdsh)" -x ssh; then elsewhere=75; fi
+    fi
     sleep 1 &
     wait $!
     if [ "$code" -eq 0 ] && left; then code=1; fi  # deepspeed says 0 where its launch.py was killed and the ranks were not
 done 2>/dev/null
 if [ "$signals" -gt 0 ]; then wait "$group"; code=$?; fi
-exit "$code"
+exit "${elsewhere-$code}"
 : <<'# end of Python'
 '''
 import os

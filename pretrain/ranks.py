@@ -71,11 +71,10 @@ class Ranks:
 def watch(hosts: dict[int, str], mine: int, timeout: float) -> None:
     """Beat for this host in the master's store, and end the process where another is silent.  For a thread of one rank a host."""
     silence, last, silent = 0.8 * timeout, {rank: (0, time.monotonic()) for rank in hosts}, []
-    # Beats are counted, and timed by the clock of whoever looks: hosts' clocks may differ.
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
     def beat() -> None:  # in a thread of its own: where a link is cut the store's answer never comes
-        while True:
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        while True:  # beats are counted, and timed by the clock of whoever looks: hosts' clocks may differ
             with suppress(dist.DistError):
                 for rank in hosts:
                     count = store.add(f"heartbeat {rank}", int(rank == mine))
@@ -85,7 +84,7 @@ def watch(hosts: dict[int, str], mine: int, timeout: float) -> None:
     while not silent:
         time.sleep(timeout / 10)
         silent = [host for rank, host in hosts.items() if time.monotonic() - last[rank][1] > silence]
-    whose = f"the master {hosts[0]}" if hosts[mine] in silent else ", ".join(silent)
+    whose = f"the master {hosts[0]}" if hosts[0] in silent else ", ".join(silent)
     print(f"error: host {hosts[mine]} has not heard of {whose} for {silence:.0f} s; the same command goes on from the last "
           "checkpoint, also on the hosts that are left", file=sys.stderr, flush=True)
     os._exit(1)

@@ -26,10 +26,13 @@ def hostfile(tmp_path_factory) -> Path:
     return path
 
 
-def by_pdsh(hosts, hostfile: Path, port: int, *given, log: Path, **variables) -> list[subprocess.Popen]:
-    """`deepspeed` on h1 alone; what ranks need in their environment stands in a file."""
-    return [hosts[0].start("deepspeed", "--hostfile", hostfile, "--master_port", port, *given, log=log,
-                           DS_ENV_FILE="launch/deepspeed_env", PDSH_SSH_ARGS_APPEND=KEEP_ALIVE, **variables)]
+def by_pdsh(hosts, hostfile: Path, port: int, *given, log: Path, shell: bool = False) -> list[subprocess.Popen]:
+    """`deepspeed`, or bash, on h1 alone; what ranks need in their environment stands in a file."""
+    launcher = ["--hostfile", str(hostfile), "--master_port", str(port)]
+    command, variables = ["deepspeed", *launcher], {"DS_ENV_FILE": "launch/deepspeed_env", "PDSH_SSH_ARGS_APPEND": KEEP_ALIVE}
+    if shell:
+        command, variables = ["bash"], {**variables, "DS_ARGS": " ".join(launcher)}
+    return [hosts[0].start(*command, *given, log=log, **variables)]
 
 
 def by_no_ssh(hosts, hostfile: Path, port: int, *given, log: Path) -> list[subprocess.Popen]:
@@ -85,7 +88,7 @@ def ended(run: subprocess.Popen, out: Path, log: Path) -> str:
 
 
 def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
-    """In one run: the master's rank is killed, then all of h2, then h2's link is cut, then h2 is ten times slower.
+    """In one run: SIGTERM to bash on h1, the master's rank is killed, all of h2 is, h2's link is cut, h2 is ten times slower.
 
     After each but the last the run has ended within the timeout, and the same command goes on; at the end it is, bit for bit, the
     run of two ranks on one host.  After the cut h1 alone can go on too, with the same rows."""
@@ -94,31 +97,38 @@ def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
 
     def begun(port: int) -> tuple[subprocess.Popen, Path]:
         log, before = tmp_path / f"{port}.log", logged(out)
-        run, = by_pdsh(hosts, hostfile, port, "--enable_each_rank_log", tmp_path / str(port), *given, out, log=log) \
-            if port == 29_702 else by_pdsh(hosts, hostfile, port, *given, out, log=log)
-        until(lambda: logged(out) > before + 3 and max(metrics(out)) > 10 * (port - 29_699), run, seconds=240)
+        each = ["--enable_each_rank_log", tmp_path / str(port)] if port == 29_703 else []
+        run, = by_pdsh(hosts, hostfile, port, *each, *given, out, log=log, shell=port == 29_700)
+        until(lambda: logged(out) > before + 3 and max(metrics(out)) > 10 * (port - 29_700), run, seconds=240)
         return run, log
 
     run, log = begun(29_700)
+    bash, = (pid for pid, line in processes(out).items() if line.startswith("bash "))
+    os.kill(bash, signal.SIGTERM)
+    assert run.wait(timeout=120) == 75, log.read_text()
+    until(lambda: not processes(out), seconds=60)
+    assert (out / f"checkpoints/step-{max(metrics(out))}").is_dir()
+
+    run, log = begun(29_701)
     os.kill(rank_on(hosts[0], out), signal.SIGKILL)
     assert "h2: error: rank 1 lost another rank" in (said := ended(run, out, log)) and "[10.77.0.1]" in said
 
-    run, log = begun(29_701)
+    run, log = begun(29_702)
     hosts[1].kill_all()
     assert "h1: error: rank 0 lost another rank" in (said := ended(run, out, log)) and "[10.77.0.2]" in said
     assert f"goes on from {out}/checkpoints/step-" in said
 
-    run, log = begun(29_702)
+    run, log = begun(29_703)
     hosts[1].link("down")
     ended(run, out, log)  # the runner too, by ssh's keep-alives
-    said = {rank: "".join(file.read_text() for file in (tmp_path / "29702").glob(f"*rank{rank}*")) for rank in (0, 1)}
+    said = {rank: "".join(file.read_text() for file in (tmp_path / "29703").glob(f"*rank{rank}*")) for rank in (0, 1)}
     assert "error: host h1 has not heard of h2 for 24 s" in said[0], said
     assert "error: host h2 has not heard of the master h1 for 24 s" in said[1], said
     hosts[1].link("up")
     shutil.copytree(out, tmp_path / "alone")
     alone = hosts[0].start(sys.executable, *given, tmp_path / "alone", log=tmp_path / "alone.log", **VARIABLES)
 
-    run, log = begun(29_703)
+    run, log = begun(29_704)
     slow, steps = rank_on(hosts[1], out), logged(out)
     for _ in range(2 * 35):  # seconds, which is more than the timeout
         os.kill(slow, signal.SIGSTOP)
