@@ -100,5 +100,5 @@ def budget(given: Namespace) -> str:
              f"{recipe.steps:,} steps = {passes:.2f} passes over {plan.manifest.rows:,} rows",
              f"{work / 1e12:.4g} TFLOP a step at full length, {work * recipe.steps / 1e18:.4g} EFLOP in all"]
     if given.tflops:
-        lines.append(f"{hours / given.tflops:.4g} hours, {hours * ranks / given.tflops:.4g} GPU-hours at {given.tflops:g} TFLOP/s")
+        lines.append(f"{hours / given.tflops:.4g} hours, {hours * ranks / given.tflops:.4g} GPU-hours at {given.tflops:g} TFLOPS")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint
+from pretrain import checkpoint, pictures
 from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.export import export, recover
@@ -138,15 +138,21 @@ class Run:
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
         recipe, window = self.recipe, Window()
+        begin, end = map(int, (recipe.profile or "0:0").split(":"))
+        profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.out / "tensorboard")))
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
             batches, stop = self._agree(ahead.submit(self._read, self.step), window)
             if self.step == 0 and not stop:
                 self._log({"rows": 0, **self._look_at_held_out()})
             while self.step < recipe.steps and not stop:
                 coming = ahead.submit(self._read, self.step + 1)
+                if self.monitor and self.step == begin < end:
+                    profiler.start()
                 self._update(batches, window)
                 self.step += 1
                 batches, stop = self._agree(coming, window)
+                if profiler.profiler and (stop or self.step in (end, recipe.steps)):
+                    profiler.stop()
                 save = stop or self._due(recipe.save_every)
                 figures = {}
                 if save or self._due(recipe.log_every):  # at a save too: the figures of a resumed run begin there
@@ -197,21 +203,25 @@ class Run:
         arrays = (batch.ids, batch.segments, batch.real)
         return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
 
-    def _terms(self, batch: Batch) -> Iterator[tuple[Engine, dict[str, Tensor]]]:
-        """One teacher pass, every student in turn: each one's loss terms by row."""
+    def _terms(self, batch: Batch, look: Callable = lambda *traces: {}) -> Iterator[tuple[Engine, dict[str, Tensor], dict]]:
+        """One teacher pass, every student in turn: each one's loss terms by row, and what `look` finds in the traces."""
         ids, segments, real = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            yield engine, distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
-                                 relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
+            layers, traces = self.plan.layers[engine.name], (engine(ids, segments, mask), teacher, real)
+            seen = look(engine, *traces, layers)
+            terms = distil(*traces, layers, recipe.weights, relation_heads=recipe.relation_heads,
+                           padded=recipe.normalize == "padded")
+            del traces  # what the backward pass does not need may go
+            yield engine, terms, seen
 
     def _update(self, batches: list[Batch], window: Window) -> None:
         self.row_numbers = np.concatenate([batch.numbers for batch in batches])
         self.row_losses = {engine: [] for engine in self.engines}
         for batch in batches:
-            for engine, terms in self._terms(batch):
+            for engine, terms, _ in self._terms(batch):
                 losses = weighted(terms, self.plan.weights[engine.name])
                 self.row_losses[engine].append(losses.detach())
                 engine.update(losses.mean(), self.step)
@@ -242,9 +252,16 @@ class Run:
         for engine in self.engines:
             engine.module.eval()
         for batch in self.held_out:
-            for engine, terms in self._terms(batch):
-                seen.add(self._named(engine, {**terms, "loss": weighted(terms, self.plan.weights[engine.name])}))
+            for engine, terms, alike in self._terms(batch, partial(self._compare, self.monitor and batch is self.held_out[0])):
+                seen.add(self._named(engine, {**terms, **alike, "loss": weighted(terms, self.plan.weights[engine.name])}))
             seen.rows += len(batch.ids)
         for engine in self.engines:
             engine.module.train()
         return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}
+
+    def _compare(self, show: bool, engine: Engine, *traces) -> dict[str, Tensor]:
+        """Figures of how like the teacher each layer is, by row; pictures of it too, where asked for."""
+        if show:
+            self.monitor.show(self.step, self._named(engine, {"attention": pictures.attention(*traces),
+                                                              "similarity": pictures.similarity(*traces[:3])}))
+        return pictures.cosines(*traces)
