@@ -21,7 +21,7 @@ def attention(student: Trace, teacher: Trace, real_BL: Tensor, layers: list) -> 
     def maps(x: Trace, layer: int) -> Tensor:
         q, k = (part[layer - 1][0, :HEADS, real_BL[0]].float() for part in (x.queries, x.keys))
         p_HLL = (q @ k.mT * q.shape[-1]**-0.5).softmax(-1).sqrt()  # the root shows small ones too
-        return F.pad(p_HLL / p_HLL.amax((1, 2), keepdim=True), (1, 1, 1, 1), value=1.0)
+        return F.pad(p_HLL / p_HLL.amax((1, 2), keepdim=True), (0, 1, 0, 1), value=1.0)
 
     pairs = [(maps(teacher, n), maps(student, m)) for m, n in enumerate(one_layer_each(layers, len(teacher.queries)), start=1)]
     return 1 - torch.cat([torch.cat([one for heads in zip(*pair) for one in heads], 1) for pair in pairs])
@@ -32,5 +32,5 @@ def similarity(student: Trace, teacher: Trace, real_BL: Tensor) -> Tensor:
     s_states, t_states = ([x[real_BL][:TOKENS].float() for x in traced.hidden] for traced in (student, teacher))
     s_states, t_states = ([x - x.mean(0) for x in states] for states in (s_states, t_states))
     s_norms, t_norms = ([(x.mT @ x).norm() for x in states] for states in (s_states, t_states))
-    return torch.stack([torch.stack([(x.mT @ y).norm()**2 / (a * b) for y, b in zip(t_states, t_norms)])
-                        for x, a in zip(s_states, s_norms)])
+    return 1 - torch.stack([torch.stack([(x.mT @ y).norm()**2 / (a * b) for y, b in zip(t_states, t_norms)])
+                            for x, a in zip(s_states, s_norms)])
