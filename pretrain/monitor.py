@@ -4,13 +4,22 @@ import json
 import sys
 import time
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
+import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from pretrain.ranks import Ranks
 from shards.block import write, write_json
+
+
+def _tag(name: str) -> str:
+    """TensorBoard orders its groups by name: what tells whether a run is healthy comes first."""
+    health = name.endswith(("loss", "grad_norm", "lr", "/s", "data_wait", "memory_GB"))
+    return f"{'1 health' if health else '3 held-out rows' if name.startswith('held_out') else '2 terms'}/{name}"
 
 
 class Monitor:
@@ -23,6 +32,9 @@ class Monitor:
         write(self.lines, "".join(kept).encode())
         self.board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1 if first else 0)
         write_json(out / "run.json", about)
+        self.board.add_text("settings", f"```\n{json.dumps(about, indent=2)}\n```")
+        for summary in hparams({key: str(value) for key, value in about["settings"].items()}, {_tag("loss"): 0}):
+            self.board.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would make a run of its own
         self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, file=sys.stderr,
                         mininterval=1.0, delay=0.1)  # the start-up lines stand before it
 
@@ -34,11 +46,17 @@ class Monitor:
         with open(self.lines, "a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items():
-            self.board.add_scalar(name if "/" in name else f"run/{name}", value, step)
+            self.board.add_scalar(_tag(name), value, step)
         self.board.flush()
         if "rows/s" in figures:
             shown = {name: f"{figures[name]:.4g}" for name in ("loss", "rows/s", "tokens/s") if name in figures}
             self.bar.set_postfix(shown, refresh=False)
+
+    def show(self, step: int, pictures: dict[str, Tensor]) -> None:
+        """Pictures (height, width) of values from 0 to 1; small ones in large pixels."""
+        for name, picture_YX in pictures.items():
+            large = torch.ones([max(1, 256 // len(picture_YX))] * 2)
+            self.board.add_image(f"3 held-out rows/{name}", picture_YX.cpu().kron(large), step, dataformats="HW")
 
     def close(self) -> None:
         self.bar.close()
@@ -64,7 +82,8 @@ class Window:
         return {name: value / rows for name, value in total.items()}
 
     def rates(self, ranks: Ranks) -> dict[str, float]:
-        """Over all ranks; data_wait is the share of time spent waiting for rows."""
-        seconds = time.perf_counter() - self.begin
+        """Over all ranks; data_wait is the share of time spent waiting for rows, memory a rank's peak."""
+        seconds, gpu = time.perf_counter() - self.begin, ranks.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated() if gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
         return dict(ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
-                                 "data_wait": self.waited / seconds / ranks.world}))
+                                 "data_wait": self.waited / seconds / ranks.world, "memory_GB": memory / 1e9 / ranks.world}))

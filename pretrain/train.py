@@ -6,7 +6,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint
+from pretrain import checkpoint, pictures
 from pretrain.encoder import check_trace, keep_layers, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.monitor import Monitor, Window
@@ -144,15 +144,21 @@ class Run:
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
         recipe, window = self.recipe, Window()
+        begin, end = map(int, (recipe.profile or "0:0").split(":"))
+        profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.out / "tensorboard")))
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
             batches, stop = self._agree(ahead.submit(self._read, self.step), window)
             if self.step == 0 and not stop:
                 self._log({"rows": 0, **self._look_at_held_out()})
             while self.step < recipe.steps and not stop:
                 coming = ahead.submit(self._read, self.step + 1)
+                if self.monitor and self.step == begin < end:
+                    profiler.start()
                 self._update(batches, window)
                 self.step += 1
                 batches, stop = self._agree(coming, window)
+                if profiler.profiler and (stop or self.step in (end, recipe.steps)):
+                    profiler.stop()
                 save = stop or self._due(recipe.save_every)
                 figures = {}
                 if save or self._due(recipe.log_every):  # at a save too: the figures of a resumed run begin there
@@ -200,17 +206,20 @@ class Run:
         arrays = (batch.ids, batch.segments, batch.real)
         return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
 
-    def _losses(self, batch: Batch, window: Window) -> Iterator[tuple[Engine, Tensor]]:
-        """One teacher pass, every student in turn: each one's loss by row; it and all terms are added to the window."""
+    def _losses(self, batch: Batch, window: Window, look: Callable = lambda *_: {}) -> Iterator[tuple[Engine, Tensor]]:
+        """One teacher pass, every student in turn: each one's loss by row.  It, its terms and what `look` finds are added up."""
         ids, segments, real = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            terms = distil(engine(ids, segments, mask), teacher, real, self.plan.layers[engine.name], recipe.weights,
-                           relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
+            layers, traces = self.plan.layers[engine.name], (engine(ids, segments, mask), teacher, real)
+            seen = look(engine, *traces, layers)
+            terms = distil(*traces, layers, recipe.weights, relation_heads=recipe.relation_heads,
+                           padded=recipe.normalize == "padded")
+            del traces  # what the backward pass does not need may go
             losses = weighted(terms, self.plan.weights[engine.name])
-            window.add({self._named(engine, name): value for name, value in {**terms, "loss": losses}.items()})
+            window.add({self._named(engine, name): value for name, value in {**terms, **seen, "loss": losses}.items()})
             yield engine, losses
         window.rows += len(batch.ids)
         window.tokens += int(batch.real.sum())
@@ -244,7 +253,14 @@ class Run:
         for engine in self.engines:
             engine.module.eval()
         for batch in self.held_out:
-            list(self._losses(batch, seen))
+            list(self._losses(batch, seen, partial(self._compare, self.monitor and batch is self.held_out[0])))
         for engine in self.engines:
             engine.module.train()
         return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}
+
+    def _compare(self, show: bool, engine: Engine, *traces) -> dict[str, Tensor]:
+        """Figures of how like the teacher each layer is, by row; pictures of it too, where asked for."""
+        if show:
+            self.monitor.show(self.step, {self._named(engine, "attention"): pictures.attention(*traces),
+                                          self._named(engine, "similarity"): pictures.similarity(*traces[:3])})
+        return pictures.cosines(*traces)

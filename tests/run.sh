@@ -5,6 +5,8 @@ set -euo pipefail
 . "$(dirname "$0")/../launch/venv.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python -m flake8
+python -m autopep8 --diff --exit-code --recursive shards pretrain finetune launch tests  # --in-place mends what it shows
+python -m mypy
 [ $# -gt 0 ] || set -- -m "not faults and not hosts"
 [ "$1" != --hosts ] || set -- -m hosts "${@:2}"
 exec python -m pytest "$@"

@@ -92,7 +92,7 @@ def metrics(out: Path) -> dict[int, dict]:
 
 def learned(figures: dict) -> dict:
     """What must be equal between runs: everything but the clock's figures."""
-    return {name: value for name, value in figures.items() if name not in ("rows/s", "tokens/s", "data_wait")}
+    return {name: value for name, value in figures.items() if name not in ("rows/s", "tokens/s", "data_wait", "memory_GB")}
 
 
 def weights(out: Path, student: str) -> dict[str, torch.Tensor]:

@@ -43,7 +43,7 @@ def test_what_a_run_leaves(two_ranks, one_rank):
         assert figure in alone
     assert alone["held_out/loss"] < metrics(one_rank)[0]["held_out/loss"]
     board = EventAccumulator(str(one_rank / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars("run/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in board.Scalars("1 health/loss")] == [1, 2, 3, 4, 5, 6]
     for name in NAMES:
         folder = two_ranks / "students" / name
         model = AutoModel.from_pretrained(folder)
@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(two_ranks, inputs, tmp_pa
     assert "damaged (its sha256 is another)" in said and "goes on from" in said
     assert_same_run(two_ranks, out, NAMES)
     board = EventAccumulator(str(out / "tensorboard")).Reload()
-    assert [e.step for e in board.Scalars(f"{NAMES[0]}/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in board.Scalars(f"1 health/{NAMES[0]}/loss")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_ranks_and_micro_batches_change_the_loss_by_rounding_only(one_rank, two_ranks_in_pieces):

@@ -68,5 +68,5 @@ def test_the_top_level_is_the_agreed_one():
     if not tracked:
         pytest.skip("not a git checkout")
     allowed = {"shards", "pretrain", "finetune", "ds_configs", "launch", "tests", "setup.cfg", "README.md", "pyproject.toml",
-               "constraints.txt", "LICENSE", ".ci", ".gitignore"}
+               "constraints.txt", "LICENSE", ".ci", ".gitignore", "CONTRIBUTING.md", ".pre-commit-config.yaml"}
     assert {name.split("/")[0] for name in tracked} <= allowed
