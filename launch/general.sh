@@ -13,7 +13,9 @@ if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
 # DeepSpeed's launchers orphan the ranks on SIGTERM, or hurry them one after another.  So they run in a process group of
 # their own and ignore SIGUSR1, which the ranks take as: end the step, save, exit with 75.  A second signal kills them.
 trap '' USR1
-setsid deepspeed --log_level error ${DS_ARGS-} "$0" "$@" &
+level=error
+case " $* " in *" --verbose "*) level=info ;; esac
+setsid deepspeed --log_level $level ${DS_ARGS-} "$0" "$@" &
 group=$! signals=0
 trap 'signals=$((signals + 1))' TERM INT HUP
 left() { kill -0 "$group" || kill -0 -- "-$group"; } 2>/dev/null

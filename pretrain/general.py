@@ -26,6 +26,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                         help="the teacher's own; auto: 16 bit where the device multiplies it fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
+    parser.add_argument("--verbose", action="store_true", help="what DeepSpeed says, too")
     parser.add_argument("--dry-run", action="store_true", help="only say what the run will be and take; needs no GPU")
     parser.add_argument("--gpus", type=int, help="of a dry run: GPUs in all, each a rank; default: one rank as here")
     parser.add_argument("--tflops", type=float, help="of a dry run: what each GPU reaches, for the hours")
@@ -36,7 +37,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse(text: str) -> None:
-    raise ValueError(f"{text}; see bash launch/general.sh --help")
+    raise ValueError(f"{text}; settings are written key=value, without --; see bash launch/general.sh --help")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,7 +73,7 @@ def run(given: argparse.Namespace, stop: StopRequest) -> int:
     from pretrain.plan import resolve
     from pretrain.train import Run
 
-    ranks = join()
+    ranks = join(given.verbose)
     stop.armed = True
     try:
         plan = ranks.together(partial(resolve, given))  # one rank alone may find fault: its host may lack the shards

@@ -111,7 +111,7 @@ def override(recipe, settings: Iterable[str]):
         if not equals:
             raise ValueError(f"{setting!r} is no setting; write key=value (options begin with --)")
         if key not in hints:
-            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, hints)} (there are {', '.join(hints)})")
+            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, hints)} (there are {', '.join(hints)}; options begin with --)")
         kind, example = hints[key], getattr(recipe, key)
         if isinstance(kind, types.UnionType):  # int | None
             kind, example = typing.get_args(kind)[0], example or 100
