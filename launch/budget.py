@@ -68,6 +68,7 @@ def one_micro_batch(plan: Plan, rows: int) -> tuple[dict, int, int]:
 
 def budget(given: Namespace) -> str:
     """Everything resolved, memory of a rank with its formula, steps, arithmetic and, with --tflops, time."""
+    gpu = device_type() == "cuda" or bool(given.gpus)
     if given.gpus:  # of machines elsewhere
         given.engine = given.engine or str(ENGINES / "gpu-bf16.json")
         given.teacher_dtype = "bf16" if given.teacher_dtype == "auto" else given.teacher_dtype
@@ -77,7 +78,7 @@ def budget(given: Namespace) -> str:
     micro, kind = micro_rows(share, engine["train_micro_batch_size_per_gpu"]), precision(engine)
     models, living, flop = one_micro_batch(plan, micro)
     counts, work = {n: sum(p.numel() for p in model.parameters()) for n, model in models.items()}, flop * recipe.batch / micro
-    own, t, gpu = sum(counts.values()) - counts[""], models[""].config, given.gpus or device_type() == "cuda"
+    own, t = sum(counts.values()) - counts[""], models[""].config
     zero = {"reduce_bucket_size": 5e8, "overlap_comm": False, **engine["zero_optimization"]}
     held = {f"teacher: {counts['']:,} parameters in {plan.teacher_dtype}": counts[""] * DTYPES[plan.teacher_dtype].itemsize,
             f"students: {own:,} parameters in {kind}": own * DTYPES[kind].itemsize,
@@ -85,7 +86,7 @@ def budget(given: Namespace) -> str:
                 not offloads(engine)),
             f"reduced gradients, and flat ones for the update: (4 + 4) bytes x students / {ranks} ranks": own * 8 / ranks,
             f"activations and gradients of {micro} rows of {length} tokens, counted": living,
-            "DeepSpeed's buckets, on GPUs: reduce_bucket_size, twice with overlap_comm": bool(gpu) * DTYPES[kind].itemsize * (
+            "DeepSpeed's buckets, on GPUs: reduce_bucket_size, twice with overlap_comm": gpu * DTYPES[kind].itemsize * (
                 zero["reduce_bucket_size"] * (1 + zero["overlap_comm"]))}
     layers = 4 * t.num_hidden_layers + 10 + max(shape.layers for shape in plan.students.values())  # states held, some as copies
     fitted = 4 * PROJECTED_TOKENS * (t.hidden_size * layers + 4 * t.intermediate_size) * ("projected" in plan.inits.values())

@@ -15,7 +15,9 @@ if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
 trap '' USR1
 # With --hostfile pdsh waits for every host; ssh notices in a minute that one is gone.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
-setsid deepspeed --log_level error ${DS_ARGS-} "$0" "$@" &
+level=error
+case " $* " in *" --verbose "*) level=info ;; esac
+setsid deepspeed --log_level $level ${DS_ARGS-} "$0" "$@" &
 group=$! signals=0
 trap 'signals=$((signals + 1))' TERM INT HUP
 left() { kill -0 "$group" || kill -0 -- "-$group"; } 2>/dev/null

@@ -87,11 +87,13 @@ def device_type() -> str:
     return os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def join(timeout: float = 600) -> Ranks:
+def join(timeout: float = 600, verbose: bool = False) -> Ranks:
     """Meet the other ranks; one that is not heard of for `timeout` seconds is lost.  Without a launcher: a run of one rank."""
     kind, given, wait = device_type(), os.environ, timedelta(seconds=timeout)
     import deepspeed.ops
+    from deepspeed.utils.logging import set_log_level_from_string
 
+    set_log_level_from_string("info" if verbose else "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
     # Only inference uses this op, and DeepSpeed would compile it at start: 30 to 70 s, or an error without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -27,6 +27,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: what is fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
     parser.add_argument("--timeout", type=float, default=600, help="seconds without a word after which a host or rank is lost")
+    parser.add_argument("--verbose", action="store_true", help="what DeepSpeed says, too")
     parser.add_argument("--dry-run", action="store_true", help="only say what the run will be and take; needs no GPU")
     parser.add_argument("--gpus", type=int, help="of a dry run: GPUs in all, each a rank; default: one rank as here")
     parser.add_argument("--tflops", type=float, help="of a dry run: what each GPU reaches, for the hours")
@@ -37,7 +38,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _refuse(text: str) -> None:
-    raise ValueError(f"{text}; see bash launch/general.sh --help")
+    raise ValueError(f"{text}; settings are written key=value, without --; see bash launch/general.sh --help")
 
 
 def main(argv: list[str] | None = None, work: Callable | None = None) -> None:
@@ -67,7 +68,7 @@ def run(given: argparse.Namespace, stop: StopRequest) -> int:
     from pretrain.plan import resolve
     from pretrain.train import Run
 
-    ranks = join(given.timeout)
+    ranks = join(given.timeout, given.verbose)
     stop.armed = True
     try:
         plan = ranks.together(partial(resolve, given))  # one rank alone may find fault: its host may lack the shards

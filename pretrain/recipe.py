@@ -103,7 +103,8 @@ def override(recipe, settings: Iterable[str]):
         if not equals:
             raise ValueError(f"{setting!r} is no setting; write key=value (options begin with --)")
         if key not in known:
-            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)} (there are {', '.join(known)})")
+            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)} (there are {', '.join(known)}; "
+                             "options begin with --)")
     try:
         return replace(recipe, **changes)
     except ValidationError as error:

@@ -159,6 +159,7 @@ class Run:
                 batches, stop = self._agree(coming, window)
                 if profiler.profiler and (stop or self.step in (end, recipe.steps)):
                     profiler.stop()
+                    profiler.profiler = None
                 save = stop or self._due(recipe.save_every)
                 figures = {}
                 if save or self._due(recipe.log_every):  # at a save too: the figures of a resumed run begin there

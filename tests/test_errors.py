@@ -1,0 +1,103 @@
+"""What a person reads after a plausible mistake: one line with what was given, what is wrong and what to write.
+
+Messages that stand beside what they are about (test_general, test_build, test_sources, test_finetune, ...) are not here again."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import ROOT, SMALL
+
+import finetune.qnli
+import shards.build
+import shards.look
+from pretrain.general import options
+from pretrain.plan import resolve
+
+
+def train(*argv: str) -> str:
+    """The error of general distillation's command line."""
+    with pytest.raises(ValueError) as error:
+        given = options([*argv])
+        if given.dry_run:
+            from pretrain.budget import budget
+
+            budget(given)
+        resolve(given)
+    return str(error.value)
+
+
+@pytest.fixture
+def place(tmp_path, shards_folder, teacher_folder, text_folder, monkeypatch) -> Path:
+    """A folder with shards, a teacher, text, a file, an empty folder and task data, in which the commands are given."""
+    for name, target in (("shards", shards_folder), ("teacher", teacher_folder), ("text", text_folder), ("ds_configs",
+                                                                                                         ROOT / "ds_configs")):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "noweights").mkdir()
+    shutil.copy(teacher_folder / "config.json", tmp_path / "noweights")
+    (tmp_path / "deberta").mkdir()
+    (tmp_path / "deberta/config.json").write_text('{"model_type": "deberta-v2"}')
+    (tmp_path / "engine.json").write_text('{"train_micro_batch_size_per_gpu": 8,}')
+    (tmp_path / "qnli").mkdir()
+    (tmp_path / "qnli/train.tsv").write_text("question\tsentence\tlabel\na\tb\tentailment\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TRAIN = ["--shards", "shards", "--teacher", "teacher", "--student", SMALL]
+MISTAKES = {
+    "shards and teacher swapped": (train, ["--shards", "teacher", "--teacher", "shards"], "no shards in teacher"),
+    "text, not shards": (train, [*TRAIN, "--shards", "text"], "no shards in text.*python -m shards.build"),
+    "a folder without a model": (train, [*TRAIN, "--teacher", "empty"], "'empty': the folder holds no model.*config.json"),
+    "a teacher of text": (train, [*TRAIN, "--teacher", "file"], "model 'file'"),
+    "a teacher's name with a typo": (train, [*TRAIN, "--teacher", "bert-base-uncasd"], "not a folder here, and the hub did not"),
+    "a path with a typo": (train, [*TRAIN, "--teacher", "./techer/x"], "no such folder"),
+    "an option without its dashes": (train, [*TRAIN, "out=runs/x"], "unknown setting 'out'.*options begin with --"),
+    "a setting with dashes": (train, [*TRAIN, "--lr", "1e-4"], "unrecognized arguments: --lr; settings are written key=value"),
+    "a setting with a space": (train, [*TRAIN, "lr", "1e-4"], "'lr' is no setting; write key=value"),
+    "a student that is a path": (train, [*TRAIN, "--student", "runs/x"], "unknown student 'runs/x' .there are tiny4"),
+    "a boolean in capitals": (train, [*TRAIN, "deterministic=True"], "deterministic=false"),
+    "a batch in words": (train, [*TRAIN, "batch=1k"], "batch: cannot read '1k' as int; write batch="),
+    "an engine file that is no JSON": (train, [*TRAIN, "--engine", "engine.json"], "--engine engine.json: .*see ds_configs/"),
+    "an engine file that is a folder": (train, [*TRAIN, "--engine", "ds_configs"], "--engine ds_configs: "),
+    "a GPU's engine file on a CPU": (train, [*TRAIN, "--engine", "ds_configs/gpu-fp16.json"], "fp16 needs a GPU.*cpu.json"),
+    "three ranks for 64 lanes": (train, [*TRAIN, "--dry-run", "--gpus", "3"], "do not divide over 3 ranks; start with"),
+    "a profile of one step": (train, [*TRAIN, "profile=100"], "profile='100': write the first step .*100:105"),
+    "GPUs in words": (train, [*TRAIN, "--dry-run", "--gpus", "all"], "--gpus: invalid int value: 'all'"),
+    "no source": (shards.build.main, ["--tokenizer", "teacher", "--out", "new"], "required: SOURCE"),
+    "no tokenizer": (shards.build.main, ["text", "--out", "new"], "required: --tokenizer"),
+    "a source that is not there": (shards.build.main, ["txet/*.txt", "--tokenizer", "teacher", "--out", "new"], "txet"),
+    "a tokenizer that is not there": (shards.build.main, ["text", "--tokenizer", "empty", "--out", "new"], "empty"),
+    "out is a file": (shards.build.main, ["text", "--tokenizer", "teacher", "--out", "file"], "file"),
+    "shards of other settings": (shards.build.main, ["text", "--tokenizer", "teacher", "--out", "shards", "--row-length", "64"],
+                                 "row_length"),
+    "rows of no length": (shards.build.main, ["text", "--tokenizer", "teacher", "--out", "new", "--row-length", "0"],
+                          "--row-length 0: must be between"),
+    "a look into text": (shards.look.main, ["text"], "no shards in text"),
+    "a row that is not there": (shards.look.main, ["shards", "--row", "train-00000:999999"], "999"),
+    "a student that was not trained": (finetune.qnli.main, ["--teacher", "teacher", "--student", "runs/general/students/tiny4",
+                                                            "--data", "qnli"], "no such folder"),
+    "task data that is not there": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "empty", "length=64"],
+                                    "empty.*train.tsv"),
+    "task data without dev rows": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "qnli", "length=64"], "dev"),
+    "a setting of the other stage": (finetune.qnli.main, ["lr=1e-4"], "unknown setting 'lr'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_in_a_line(mistake, place, capsys):
+    program, argv, says = MISTAKES[mistake]
+    if program is train:
+        said = train(*argv)
+    else:
+        try:
+            code = program(argv)
+        except SystemExit as end:  # argparse's
+            code = end.code
+        said = capsys.readouterr().err.strip()
+        assert code in (1, 2)
+    assert "\n" not in said and "Traceback" not in said
+    assert re.search(says, said), said
