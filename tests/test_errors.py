@@ -21,7 +21,7 @@ def train(*argv: str) -> str:
     with pytest.raises(ValueError) as error:
         given = options([*argv])
         if given.dry_run:
-            from pretrain.budget import budget
+            from launch.budget import budget
 
             budget(given)
         resolve(given)
@@ -59,8 +59,8 @@ MISTAKES = {
     "a setting with dashes": (train, [*TRAIN, "--lr", "1e-4"], "unrecognized arguments: --lr; settings are written key=value"),
     "a setting with a space": (train, [*TRAIN, "lr", "1e-4"], "'lr' is no setting; write key=value"),
     "a student that is a path": (train, [*TRAIN, "--student", "runs/x"], "unknown student 'runs/x' .there are tiny4"),
-    "a boolean in capitals": (train, [*TRAIN, "deterministic=True"], "deterministic=false"),
-    "a batch in words": (train, [*TRAIN, "batch=1k"], "batch: cannot read '1k' as int; write batch="),
+    "a boolean in words": (train, [*TRAIN, "deterministic=yes, please"], "a valid boolean.*write such as deterministic=false"),
+    "a batch in words": (train, [*TRAIN, "batch=1k"], "batch=1k: must be a valid integer.*write such as batch=256"),
     "an engine file that is no JSON": (train, [*TRAIN, "--engine", "engine.json"], "--engine engine.json: .*see ds_configs/"),
     "an engine file that is a folder": (train, [*TRAIN, "--engine", "ds_configs"], "--engine ds_configs: "),
     "a GPU's engine file on a CPU": (train, [*TRAIN, "--engine", "ds_configs/gpu-fp16.json"], "fp16 needs a GPU.*cpu.json"),
