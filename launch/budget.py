@@ -2,10 +2,8 @@
 
 One micro batch goes through models of torch's fake tensors, while living tensors and matrix products are counted."""
 
-import json
 import weakref
 from argparse import Namespace
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -48,8 +46,8 @@ def one_micro_batch(plan: Plan, rows: int) -> tuple[dict, int, int]:
     pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as operations:
         teacher = AutoModel.from_config(config, attn_implementation=ATTENTION, **pooler).eval().requires_grad_(False)
-        models = {"": teacher, **{name: build_student(name, shape, teacher, plan.layers[name], "random", recipe)
-                                  for name, shape in plan.students.items()}}
+        models = {"": teacher} | {name: build_student(name, shape, teacher, plan.layers[name], "random", recipe)
+                                  for name, shape in plan.students.items()}
         keep_layers(teacher, max(np.max(layer, initial=0) for layers in plan.layers.values() for layer in layers))
         for name, model in models.items():
             for parameter in model.parameters():  # Module.to does not take fake ones
@@ -69,7 +67,7 @@ def one_micro_batch(plan: Plan, rows: int) -> tuple[dict, int, int]:
 def budget(given: Namespace) -> str:
     """Everything resolved, memory of a rank with its formula, steps, arithmetic and, with --tflops, time."""
     gpu = device_type() == "cuda" or bool(given.gpus)
-    if given.gpus:  # of machines elsewhere
+    if given.gpus:  # of other machines
         given.engine = given.engine or str(ENGINES / "gpu-bf16.json")
         given.teacher_dtype = "bf16" if given.teacher_dtype == "auto" else given.teacher_dtype
     plan, ranks = resolve(given), given.gpus or 1
@@ -89,17 +87,15 @@ def budget(given: Namespace) -> str:
             "DeepSpeed's buckets, on GPUs: reduce_bucket_size, twice with overlap_comm": gpu * DTYPES[kind].itemsize * (
                 zero["reduce_bucket_size"] * (1 + zero["overlap_comm"]))}
     layers = 4 * t.num_hidden_layers + 10 + max(shape.layers for shape in plan.students.values())  # states held, some as copies
-    fitted = 4 * PROJECTED_TOKENS * (t.hidden_size * layers + 4 * t.intermediate_size) * ("projected" in plan.inits.values())
-    start = fitted + 4 * sum(counts.values())
+    start = 4 * PROJECTED_TOKENS * (t.hidden_size * layers + 4 * t.intermediate_size) + 4 * sum(counts.values())
     passes, hours = recipe.steps * recipe.batch / plan.manifest.rows, work * recipe.steps / ranks / 3.6e15
-    lines = ["recipe: " + " ".join(f"{key}={value}" for key, value in asdict(recipe).items()),
-             f"engine {plan.engine_file}: {json.dumps(engine)}",
+    lines = [str(recipe), f"engine {plan.engine_file}: {engine}",
              *(f"student {name}: {counts[name]:,} parameters, {shape}, init={plan.inits[name]}, like teacher layers "
                f"{plan.layers[name]}" for name, shape in plan.students.items()),
              f"batch {recipe.batch:,} = {micro} rows x {share // micro} micro batches x {ranks} ranks",
              "memory of a rank, beside what it holds after its imports:",
              *(f"{size / 1e9:9.3f} GB  {what}" for what, size in held.items()),
-             f"{sum(held.values()) / 1e9:9.3f} GB  at most in a step; {start / 1e9:.3f} GB before the first",
+             f"{sum(held.values()) / 1e9:9.3f} GB  at most in a step; {start / 1e9:.3f} GB before it for init=projected",
              f"{recipe.steps:,} steps = {passes:.2f} passes over {plan.manifest.rows:,} rows",
              f"{work / 1e12:.4g} TFLOP a step at full length, {work * recipe.steps / 1e18:.4g} EFLOP in all"]
     if given.tflops:

@@ -103,8 +103,8 @@ def override(recipe, settings: Iterable[str]):
         if not equals:
             raise ValueError(f"{setting!r} is no setting; write key=value (options begin with --)")
         if key not in known:
-            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)} (there are {', '.join(known)}; "
-                             "options begin with --)")
+            close = did_you_mean(key, known)
+            raise ValueError(f"unknown setting {key!r}{close} (options begin with --; there are {', '.join(known)})")
     try:
         return replace(recipe, **changes)
     except ValidationError as error:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import ROOT, SMALL
+from runs import ROOT, SMALL, launch
 
 import finetune.qnli
 import shards.build
@@ -80,9 +80,11 @@ MISTAKES = {
     "a row that is not there": (shards.look.main, ["shards", "--row", "train-00000:999999"], "999"),
     "a student that was not trained": (finetune.qnli.main, ["--teacher", "teacher", "--student", "runs/general/students/tiny4",
                                                             "--data", "qnli"], "no such folder"),
-    "task data that is not there": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "empty", "length=64"],
+    "task data that is not there": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "empty",
+                                                         "length=64"],
                                     "empty.*train.tsv"),
-    "task data without dev rows": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "qnli", "length=64"], "dev"),
+    "task data without dev rows": (finetune.qnli.main, ["--teacher", "teacher", "--student", "teacher", "--data", "qnli",
+                                                        "length=64"], "dev"),
     "a setting of the other stage": (finetune.qnli.main, ["lr=1e-4"], "unknown setting 'lr'"),
 }
 
@@ -101,3 +103,10 @@ def test_a_mistake_is_answered_in_a_line(mistake, place, capsys):
         assert code in (1, 2)
     assert "\n" not in said and "Traceback" not in said
     assert re.search(says, said), said
+
+
+def test_deepspeed_talks_only_when_asked(inputs, tmp_path):
+    """A run that is refused on its first input, so that what stands there is the launcher's and DeepSpeed's."""
+    given = [*inputs, "--student", "tiny9", "--out", tmp_path / "run"]
+    assert "[INFO]" not in launch(*given, form="bash", expect=2)
+    assert "[INFO]" in launch(*given, "--verbose", form="bash", expect=2)
