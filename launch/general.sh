@@ -26,7 +26,7 @@ while left; do
     if [ "$signals" -eq 1 ]; then
         kill -USR1 -- "-$group"  # each second: the ranks may not have been there yet
         # On other hosts no signal arrives, but the ranks there see that their launcher's ssh is gone, and do the same.
-        if pkill -TERM -P "$(pgrep -g "$group" -x pdsh)" -x ssh; then elsewhere=75; fi
+        if pkill -TERM -P "$(pgrep -g "$group" pdsh)" -x ssh; then elsewhere=75; fi
     fi
     sleep 1 &
     wait $!
