@@ -15,6 +15,14 @@ if [ -n "${LOCAL_RANK-}" ]; then exec python -u "$0" "$@"; fi  # already a rank
 trap '' USR1
 # With --hostfile pdsh waits for every host; ssh notices in a minute that one is gone.
 export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND--o ServerAliveInterval=15 -o ServerAliveCountMax=4}"
+elsewhere() {  # SIGUSR1 on the hosts of a hostfile: each of pdsh's ssh commands again, with another end
+    for ssh in $(pgrep -P "$(pgrep -g "$group" pdsh)" -x ssh); do
+        command=$(tr '\0' ' ' < "/proc/$ssh/cmdline")
+        run=$(echo "$command" | grep -o -e '--world_info=[^ ]*') port=$(echo "$command" | grep -o -e '--master_port=[0-9]*')
+        ${command%% export *} "pkill -USR1 -P \"\$(pgrep -d, -f '[l]auncher.launch $run .*$port ')\"" &
+        wait $!
+    done
+}
 level=error
 case " $* " in *" --verbose "*) level=info ;; esac
 setsid deepspeed --log_level $level ${DS_ARGS-} "$0" "$@" &
@@ -27,15 +35,14 @@ while left; do
     if [ "$signals" -ge 2 ]; then kill -KILL -- "-$group"; fi
     if [ "$signals" -eq 1 ]; then
         kill -USR1 -- "-$group"  # each second: the ranks may not have been there yet
-        # On other hosts no signal arrives, but the ranks there see that their launcher's ssh is gone, and do the same.
-        if pkill -TERM -P "$(pgrep -g "$group" -x pdsh)" -x ssh; then elsewhere=75; fi
+        elsewhere
     fi
     sleep 1 &
     wait $!
     if [ "$code" -eq 0 ] && left; then code=1; fi  # deepspeed says 0 where its launch.py was killed and the ranks were not
 done 2>/dev/null
 if [ "$signals" -gt 0 ]; then wait "$group"; code=$?; fi
-exit "${elsewhere-$code}"
+exit "$code"
 : <<'# end of Python'
 '''
 import os

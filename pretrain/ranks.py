@@ -85,6 +85,7 @@ def watch(hosts: dict[int, str], mine: int, timeout: float) -> None:
         time.sleep(timeout / 10)
         silent = [host for rank, host in hosts.items() if time.monotonic() - last[rank][1] > silence]
     whose = f"the master {hosts[0]}" if hosts[0] in silent else ", ".join(silent)
-    print(f"error: host {hosts[mine]} has not heard of {whose} for {silence:.0f} s; the same command goes on from the last "
-          "checkpoint, also on the hosts that are left", file=sys.stderr, flush=True)
+    with suppress(OSError):  # where ssh is gone too
+        print(f"error: host {hosts[mine]} has not heard of {whose} for {silence:.0f} s; the same command goes on from the last "
+              "checkpoint, also on the hosts that are left", file=sys.stderr, flush=True)
     os._exit(1)

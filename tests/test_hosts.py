@@ -87,8 +87,22 @@ def ended(run: subprocess.Popen, out: Path, log: Path) -> str:
     return log.read_text()
 
 
+def test_a_signal_to_bash_reaches_the_ranks_of_all_hosts(hosts, hostfile, inputs, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    run, = by_pdsh(hosts, hostfile, 29_650, "launch/general.sh", *inputs, "--student", SMALL, *LONG, "--out", out, log=log,
+                   shell=True)
+    until(lambda: logged(out) > 3, run, seconds=240)
+    bash, = (pid for pid, line in processes(out).items() if line.startswith("bash "))
+    os.kill(bash, signal.SIGTERM)
+    assert run.wait(timeout=120) == 75, log.read_text()
+    assert not processes(out)
+    last = max(metrics(out))
+    assert last < 80 and (out / f"checkpoints/step-{last}").is_dir()
+    assert f"h1: stopped after step {last} of 80" in log.read_text()
+
+
 def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
-    """In one run: SIGTERM to bash on h1, the master's rank is killed, all of h2 is, h2's link is cut, h2 is ten times slower.
+    """In one run: the master's rank is killed, then all of h2, then h2's link is cut, then h2 is ten times slower.
 
     After each but the last the run has ended within the timeout, and the same command goes on; at the end it is, bit for bit, the
     run of two ranks on one host.  After the cut h1 alone can go on too, with the same rows."""
@@ -97,38 +111,31 @@ def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
 
     def begun(port: int) -> tuple[subprocess.Popen, Path]:
         log, before = tmp_path / f"{port}.log", logged(out)
-        each = ["--enable_each_rank_log", tmp_path / str(port)] if port == 29_703 else []
-        run, = by_pdsh(hosts, hostfile, port, *each, *given, out, log=log, shell=port == 29_700)
-        until(lambda: logged(out) > before + 3 and max(metrics(out)) > 10 * (port - 29_700), run, seconds=240)
+        each = ["--enable_each_rank_log", tmp_path / str(port)] if port == 29_702 else []
+        run, = by_pdsh(hosts, hostfile, port, *each, *given, out, log=log)
+        until(lambda: logged(out) > before + 3 and max(metrics(out)) > 10 * (port - 29_699), run, seconds=240)
         return run, log
 
     run, log = begun(29_700)
-    bash, = (pid for pid, line in processes(out).items() if line.startswith("bash "))
-    os.kill(bash, signal.SIGTERM)
-    assert run.wait(timeout=120) == 75, log.read_text()
-    until(lambda: not processes(out), seconds=60)
-    assert (out / f"checkpoints/step-{max(metrics(out))}").is_dir()
-
-    run, log = begun(29_701)
     os.kill(rank_on(hosts[0], out), signal.SIGKILL)
     assert "h2: error: rank 1 lost another rank" in (said := ended(run, out, log)) and "[10.77.0.1]" in said
 
-    run, log = begun(29_702)
+    run, log = begun(29_701)
     hosts[1].kill_all()
     assert "h1: error: rank 0 lost another rank" in (said := ended(run, out, log)) and "[10.77.0.2]" in said
     assert f"goes on from {out}/checkpoints/step-" in said
 
-    run, log = begun(29_703)
+    run, log = begun(29_702)
     hosts[1].link("down")
     ended(run, out, log)  # the runner too, by ssh's keep-alives
-    said = {rank: "".join(file.read_text() for file in (tmp_path / "29703").glob(f"*rank{rank}*")) for rank in (0, 1)}
+    said = {rank: "".join(file.read_text() for file in (tmp_path / "29702").glob(f"*rank{rank}*")) for rank in (0, 1)}
     assert "error: host h1 has not heard of h2 for 24 s" in said[0], said
     assert "error: host h2 has not heard of the master h1 for 24 s" in said[1], said
     hosts[1].link("up")
     shutil.copytree(out, tmp_path / "alone")
     alone = hosts[0].start(sys.executable, *given, tmp_path / "alone", log=tmp_path / "alone.log", **VARIABLES)
 
-    run, log = begun(29_704)
+    run, log = begun(29_703)
     slow, steps = rank_on(hosts[1], out), logged(out)
     for _ in range(2 * 35):  # seconds, which is more than the timeout
         os.kill(slow, signal.SIGSTOP)
@@ -156,3 +163,14 @@ def test_two_hosts_build_the_shards_of_one(hosts, text_folder, tokenizer_folder,
     two, one = ({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (tmp_path / out).iterdir()}
                 for out in ("two", "one"))
     assert two == one and len(two) >= 6
+
+
+def test_hosts_end_with_the_tests_that_made_them(hosts, tmp_path):
+    """Killed as those may be."""
+    code = ("import os, sys; from pathlib import Path; from hosts import Hosts; from runs import processes;"
+            "folder = Path(sys.argv[1]); Hosts(folder, 1).__enter__();"
+            "print(sum('sshd' in line for line in processes(folder).values()), flush=True); os.kill(os.getpid(), 9)")
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path / "etc"], cwd=ROOT / "tests", capture_output=True, text=True,
+                         check=False)
+    assert ran.returncode == -signal.SIGKILL and int(ran.stdout) > 0, ran
+    until(lambda: not processes(tmp_path / "etc"))
