@@ -1,4 +1,6 @@
-"""Every number that changes what is learned.  How the machine runs it stands in ds_configs/."""
+"""Every number that changes what is learned.  How the machine runs it stands in ds_configs/.
+
+TinyBERT's own numbers, but for two traps: its code clips each tensor by itself, and its Adam does not correct the bias."""
 
 import difflib
 import math
@@ -87,12 +89,7 @@ class Recipe:
 
 
 KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing",
-               "profile")  # may differ
-
-# TinyBERT's own numbers, but for two of its traps: the reference clips each tensor by itself and its Adam
-# does not correct the bias.  lr: 5e-5 in the reference's defaults, 1e-4 in later published runs.
-RECIPES = {"tinybert": Recipe()}
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing", "profile")
 
 
 def override(recipe, settings: Iterable[str]):
