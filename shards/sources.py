@@ -1,8 +1,4 @@
-"""Names of sources -> documents.  README.md says what each kind of source is.
-
-PATH[:COLUMN], wikitext:[NAME:]CONFIG, bookcorpus[:NAME[:CONFIG]], bookcorpusopen[:NAME[:CONFIG]] or hf:NAME[:CONFIG]:COLUMN, each
-perhaps with =WEIGHT behind it.  NAME is a repository of the Hugging Face hub, streamed and not downloaded whole
-([@SPLIT][#REVISION] may follow), or a folder laid out like one."""
+"""Names of sources -> documents.  README.md says what each kind of source is."""
 
 import glob
 import hashlib

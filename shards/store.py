@@ -1,7 +1,4 @@
-"""The tokenized corpus on disk, from which rows are drawn.
-
-Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
-joined into flat files, read through memory maps: memory does not grow with them."""
+"""The tokenized corpus on disk, from which rows are drawn: pieces of the text, a file each, joined into flat, mapped files."""
 
 import mmap
 import os
@@ -27,7 +24,7 @@ from shards.sources import Source
 from shards.tokenizer import Vocabulary
 
 SHARD_BYTES = 16 * 2**20
-PIECE_CHARS = 2**20
+PIECE_CHARS = 2**20  # of a piece, about: a function of the text alone
 BATCH = 1000  # sentences encoded at once: bounds the memory of a long document
 HELD_OUT, COPIES = 0, 1  # streams of chance
 DRAWS = {"train": (2, 3), "held": (4, 5)}  # of rows and of masks
