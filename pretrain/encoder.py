@@ -1,9 +1,7 @@
 """Encoders from transformers, the trace each one hands out, and the teacher.
 
-No hooks and no copied BERT: an attention function registered with transformers runs SDPA and returns the
-projected queries and keys in the place of the attention weights, and `output_attentions=True` collects them.
-
-Letters: B rows, L positions, D features, H heads, d features of a head."""
+No hooks and no copied BERT: an attention function registered with transformers returns the projected queries, keys and values in
+the place of the weights.  Letters: B rows, L positions, D features, H heads, d features of a head."""
 
 import copy
 import sys

@@ -1,6 +1,4 @@
-"""HEART: the only file that imports deepspeed.  One ZeRO-1/2 engine for each student, its update and its files.
-
-The recipe owns what is learned; a file of ds_configs/ owns how the machine runs it.  Accumulation is derived."""
+"""HEART: the only file that imports deepspeed.  One ZeRO-1/2 engine for each student, its update and its files."""
 
 import contextlib
 import hashlib

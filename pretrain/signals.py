@@ -1,6 +1,4 @@
-"""A request to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone.
-
-The run ends the step, saves, and leaves with PREEMPTED, so that a requeued job goes on by itself."""
+"""A request to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone."""
 
 import os
 import signal

@@ -51,8 +51,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
                   rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:
     """A new student over the teacher's vocabulary and positions; `layers` and `init` are what layer_map and first_weights give.
 
-    Random weights are BERT's own, drawn from (seed, name): the same alone and beside others.  `projected` ones are fitted to what
-    the teacher computes on `rows`: ids, segments, real."""
+    Random weights are drawn from (seed, name); `projected` ones are fitted on `rows`: ids, segments, real."""
     t = teacher.config
     config = BertConfig(
         vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
@@ -81,9 +80,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
-    """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all; training is over.
-
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`."""
+    """Write model, tokenizer and, where there is one, projection, whole or not at all; `weights`: fp32, by parameter name."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -143,7 +143,7 @@ class Run:
 
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
-        recipe, window = self.recipe, Window()
+        recipe, window, folder = self.recipe, Window(), self.out / "checkpoints"
         begin, end = map(int, (recipe.profile or "0:0").split(":"))
         profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.out / "tensorboard")))
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
@@ -169,8 +169,7 @@ class Run:
                     figures |= {"rows": self.step * recipe.batch, **self._look_at_held_out()}
                 self._log(figures)
                 if save:
-                    self.saved = checkpoint.save(self.out / "checkpoints", self.engines, self.ranks, step=self.step,
-                                                 about=self.about, keep_every=recipe.keep_every, last=self.saved)
+                    self.saved = checkpoint.save(folder, self.engines, self.ranks, self.step, self.about, self.saved)
                 window.begin += time.perf_counter() - pause  # rates are those of training alone
 
     def _due(self, every: int) -> bool:
