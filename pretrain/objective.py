@@ -45,11 +45,10 @@ def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
     return ((1 - F.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
 
 
-def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor | None = None) -> Tensor:
+def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
     """Mean squared difference of scaled scores QK^T/sqrt(d) over heads and a row's real pairs (eq. 7) -> (B,) float32.
 
-    Queries and keys are (B, H, L, d), of any two d, not scaled.  `counted_BL`: the queries that count; None: the real ones."""
-    counted_BL = real_BL if counted_BL is None else counted_BL
+    Queries and keys are (B, H, L, d), of any two d, not scaled; `real_BL` are the keys, `counted_BL` the queries that count."""
     queries, keys = (mask_BL[:, None, :, None].float() for mask_BL in (counted_BL, real_BL))
     sq, sk, tq, tk = sq.float() * queries, sk.float() * keys, tq.float() * queries, tk.float() * keys
     s_width, t_width = sq.shape[-1], tq.shape[-1]

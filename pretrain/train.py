@@ -41,7 +41,6 @@ class Run:
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest):
         self.plan, self.ranks, self.recipe, self.stop = plan, ranks, plan.recipe, stop
         self.out = Path(plan.options.out)
-        self.most = plan.engine["train_micro_batch_size_per_gpu"]  # the most rows held at once
         if self.recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
             torch.use_deterministic_algorithms(True)
@@ -61,7 +60,7 @@ class Run:
         mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
         self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
                              rank=ranks.rank, world=ranks.world, mask=mask, padded=recipe.normalize == "padded")
-        self.micro = micro_rows(len(self.stream.mine), self.most)
+        self.micro = micro_rows(len(self.stream.mine), plan.engine["train_micro_batch_size_per_gpu"])
         self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
         self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
         if layers := windowed(self.teacher.config):
@@ -176,7 +175,7 @@ class Run:
         return self.step == self.recipe.steps or self.step % every == 0
 
     def _read(self, step: int) -> list[Batch]:
-        return self.stream.batches(step * self.recipe.batch, self.most) if step < self.recipe.steps else []
+        return self.stream.batches(step * self.recipe.batch, self.micro) if step < self.recipe.steps else []
 
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
         """The next step's rows, and whether any rank was asked to stop; what went wrong on one rank ends the run on all."""
@@ -233,7 +232,6 @@ class Run:
                 engine.update(losses.mean(), self.step)
 
     def _figures(self, window: Window) -> dict[str, float]:
-        """Means over the steps since the last logged one, and rates over all ranks."""
         return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
                 "lr": self.recipe.rate(self.step - 1),
                 **{self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}}

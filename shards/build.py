@@ -25,15 +25,13 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from shards import block, pairs
-from shards import store as stored
+from shards import block, pairs, store as stored
 from shards.corpus import Tally
 from shards.look import summary
 from shards.sources import Source
 from shards.tokenizer import Vocabulary, open_tokenizer
 
-LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), "shards": (1, 99_999), "seed": (0, 2**63),
-          "workers": (1, 999)}
+LIMITS = dict(row_length=(8, 8192), mask_sets=(1, 255), held_out=(0, 0.9), shards=(1, 99_999), seed=(0, 2**63), workers=(1, 999))
 
 
 def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: bool = False):

@@ -18,7 +18,7 @@ from threading import Thread
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import id_type, write_json, written_whole
+from shards.block import id_type, write, write_json, written_whole
 from shards.corpus import Document, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
@@ -175,8 +175,7 @@ def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: P
     copies = table["copies"] * ~held
     sizes, tokens = (table[name].astype(np.int64) for name in ("sentences", "tokens"))
     for name, counted in {"documents": sizes, "train": sizes * copies, "held": sizes * held}.items():
-        with written_whole(folder / name) as file:
-            file.write(np.append(0, np.cumsum(counted)))
+        write(folder / name, np.append(0, np.cumsum(counted)).tobytes())
     tasks = plan(settings, tokens * copies, tokens * held, np.dtype(id_type(vocab_size)).itemsize)
     of_source = np.bincount(table["source"], tokens * copies, len(settings.sources))
     counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),

@@ -83,10 +83,9 @@ class Stream:
             at[here] -= begins[slots]
         return keys, at
 
-    def batches(self, j: int, most: int) -> list[Batch]:
-        """This rank's share of the global batch at row j, sorted by length, in micro batches.  ValueError names a bad shard."""
+    def batches(self, j: int, micro: int) -> list[Batch]:
+        """This rank's share of the global batch at row j, sorted by length, `micro` rows a piece.  ValueError: of a shard."""
         share = len(self.mine)
-        micro = micro_rows(share, most)
         if j not in self.span:
             if j != self.span.stop:
                 self.decoded.clear()  # of another place, or not to be read: it is tried again
@@ -100,7 +99,7 @@ class Stream:
                 del self.decoded[key]
             self._open(later)  # ahead
         at = self.span.index(j) * share
-        return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+        return [self._cut(*self.rows, slice(n, min(n + micro, at + share))) for n in range(at, at + share, micro)]
 
     def _cut(self, ids: np.ndarray, facts: np.ndarray, some: slice) -> Batch:
         """Some of the rows that _joined gave."""
