@@ -128,12 +128,9 @@ class Shape:
                              f"hidden={max(1, self.hidden // self.heads) * self.heads} or another number of heads")
 
 
-SHAPES = {
-    "tiny4": Shape(layers=4, hidden=312, intermediate=1200),  # TinyBERT4, arXiv 1909.10351
-    "tiny6": Shape(layers=6, hidden=768, intermediate=3072),  # TinyBERT6, same paper
-    "tiny4-384": Shape(layers=4, hidden=384, intermediate=1536),
-    "tiny6-384": Shape(layers=6, hidden=384, intermediate=1536),
-}
+SHAPES = {"tiny4": Shape(layers=4, hidden=312, intermediate=1200),  # TinyBERT4, arXiv 1909.10351
+          "tiny6": Shape(layers=6, hidden=768, intermediate=3072),  # TinyBERT6, same paper
+          "tiny4-384": Shape(layers=4, hidden=384, intermediate=1536), "tiny6-384": Shape(layers=6, hidden=384, intermediate=1536)}
 
 
 def parse_student(spec: str) -> tuple[str, Shape]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +50,7 @@ class Run:
         mark = ranks.first(self._open_out)
         ranks.agree(None if mark.exists() else ValueError(
             f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
-        ranks.first(mark.unlink)
+        ranks.first(mark.rmdir)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()
         self._begin()
@@ -67,16 +68,14 @@ class Run:
             ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
 
     def _open_out(self) -> Path:
-        """With --fresh the old run is renamed first; nothing is deleted -> a new file there, for all to see."""
+        """With --fresh the old run is renamed first; nothing is deleted -> a new folder there, for all to see."""
         if self.plan.options.fresh and self.out.exists():
             number = next(n for n in range(1, 10**6) if not self.out.with_name(f"{self.out.name}.{n}").exists())
             self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
             self.ranks.say(f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
         self.out.mkdir(parents=True, exist_ok=True)
         recover(self.out / "students")
-        mark = self.out / f".mark-{socket.gethostname()}-{os.getpid()}"
-        mark.touch()
-        return mark
+        return Path(tempfile.mkdtemp(prefix=".mark-", dir=self.out))
 
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
@@ -202,8 +201,7 @@ class Run:
         return None
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        arrays = (batch.ids, batch.segments, batch.real)
-        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
+        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in (batch.ids, batch.segments, batch.real)]
 
     def _losses(self, batch: Batch, window: Window, look: Callable = lambda *_: {}) -> Iterator[tuple[Engine, Tensor]]:
         """One teacher pass, every student in turn: each one's loss by row.  It, its terms and what `look` finds are added up."""

@@ -131,13 +131,11 @@ def _finish(settings, vocabulary: Vocabulary, counts: dict, entries: list[Path],
     found = sum(map(Counter, counted), Counter())
     of_one = found["rows"] - found["chunks_of_several"]
     counts |= {
-        "truncated_tokens": found["truncated_tokens"],
         "masked": found["masked_tokens"] / settings.mask_sets / found["tokens"],  # share of the tokens
         "random_next": found["random"] / found["rows"],  # share of the rows whose B is random
         "random_of_one": (found["random"] - found["random_of_several"]) / max(1, of_one),  # where the chunk has one sentence
         "random_of_several": found["random_of_several"] / max(1, found["chunks_of_several"]),
-        "mean_length": found["tokens"] / found["rows"],
-    }
+        "mean_length": found["tokens"] / found["rows"], "truncated_tokens": found["truncated_tokens"]}
     for path in manifest.parent.glob("*.part"):  # of killed workers
         path.unlink(missing_ok=True)
     flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)

@@ -102,7 +102,6 @@ class Stream:
         return [self._cut(*self.rows, slice(n, min(n + micro, at + share))) for n in range(at, at + share, micro)]
 
     def _cut(self, ids: np.ndarray, facts: np.ndarray, some: slice) -> Batch:
-        """Some of the rows that _joined gave."""
         lengths, first, numbers = facts[some, :3].T
         positions = np.arange(-(-(self.manifest.row_length if self.padded else lengths.max()) // 8) * 8)
         real = positions < lengths[:, None]

@@ -146,8 +146,7 @@ def open_tokenizer(name: str) -> Vocabulary:
         begins = np.array(max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum))
         alone = [set(token) <= set(string.punctuation) for token in tokens]
         begins = begins | alone if begins.any() else ~begins  # whole words bear no mark
+    in_use = np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens])
     return Vocabulary(
         name=str(name), json=json.dumps(model), size=len(tokens), **roles, unk=tokenizer.unk_token,
-        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special,
-        may_replace=~special & np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens]),
-    )
+        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special, may_replace=in_use & ~special)
