@@ -1,6 +1,5 @@
-"""Every number that changes what is learned.  How the machine runs it stands in ds_configs/.
-
-TinyBERT's own numbers, but for two traps: its code clips each tensor by itself, and its Adam does not correct the bias."""
+"""Every number that changes what is learned.  They are TinyBERT's, but for two traps: its code clips each tensor by itself, and
+its Adam does not correct the bias.  How the machine runs it stands in ds_configs/."""
 
 import difflib
 import math
@@ -130,7 +129,8 @@ class Shape:
 
 SHAPES = {"tiny4": Shape(layers=4, hidden=312, intermediate=1200),  # TinyBERT4, arXiv 1909.10351
           "tiny6": Shape(layers=6, hidden=768, intermediate=3072),  # TinyBERT6, same paper
-          "tiny4-384": Shape(layers=4, hidden=384, intermediate=1536), "tiny6-384": Shape(layers=6, hidden=384, intermediate=1536)}
+          "tiny4-384": Shape(layers=4, hidden=384, intermediate=1536),
+          "tiny6-384": Shape(layers=6, hidden=384, intermediate=1536)}
 
 
 def parse_student(spec: str) -> tuple[str, Shape]:

@@ -54,10 +54,11 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
     Random weights are drawn from (seed, name); `projected` ones are fitted on `rows`: ids, segments, real."""
     t = teacher.config
     config = BertConfig(
-        vocab_size=t.vocab_size, max_position_embeddings=t.max_position_embeddings, pad_token_id=t.pad_token_id or 0,
+        vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate, hidden_act=getattr(t, "hidden_act", "gelu"), hidden_dropout_prob=recipe.dropout,
+        attention_probs_dropout_prob=recipe.dropout, max_position_embeddings=t.max_position_embeddings,
         type_vocab_size=max(2, getattr(t, "type_vocab_size", 2)), layer_norm_eps=getattr(t, "layer_norm_eps", 1e-12),
-        hidden_act=getattr(t, "hidden_act", "gelu"), hidden_dropout_prob=recipe.dropout, attention_probs_dropout_prob=recipe.dropout,
-        hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads, intermediate_size=shape.intermediate)
+        pad_token_id=t.pad_token_id or 0)
     config._attn_implementation = ATTENTION
     draw = int.from_bytes(hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()[:8], "big") >> 1
     with torch.random.fork_rng(devices=[]):

@@ -102,9 +102,7 @@ class Run:
                            f"{shape.hidden}, init={init}, like teacher layers {layers}"
                            + (", () without a layer loss" if () in layers else ""))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
-                                       drawn_at=self.step, universal=universal))
-            if source:
-                self.engines[-1].load(source, random=not universal)
+                                       drawn_at=self.step, saved=source, universal=universal))
         keep_layers(self.teacher, max(np.max(layer, initial=0) for layers in self.plan.layers.values() for layer in layers))
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
         check_trace(self.teacher)

@@ -51,16 +51,14 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
 
 
 def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table.
-
-    BERT drops one token at a time from the longer segment (B where equal), front or back by a coin: here in one go."""
+    """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table."""
     document, i, a_last, j, target, is_random = table.T
     a_start, a_end, b_start, b_end = (store.sentences[index] for index in (i, a_last, a_last, j))
     a, where = a_end - a_start, np.flatnonzero(is_random)
     b_start[where], b_end[where] = _random_segments(store, document[where], (target - a)[where], rng)
     b = b_end - b_start
     excess = np.maximum(a + b - capacity, 0)
-    uneven = np.minimum(excess, abs(a - b))
+    uneven = np.minimum(excess, abs(a - b))  # BERT cuts single tokens, of the longer segment, front or back: here in one go
     a_cut = np.where(a > b, uneven, 0) + (excess - uneven) // 2
     b_cut = excess - a_cut
     a_front, b_front = rng.binomial(a_cut, 0.5), rng.binomial(b_cut, 0.5)
