@@ -1,6 +1,4 @@
-"""Checkpoints that are whole or absent: a tag is one folder for all students, checked by sums before it is read.
-
-DeepSpeed neither syncs nor renames, and loads a file with a flipped byte without complaint.  `latest` is for people."""
+"""Checkpoints that are whole or absent, a folder (tag) for all students: DeepSpeed itself neither syncs, renames nor checks."""
 
 import hashlib
 import json
@@ -55,7 +53,7 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
     part.rename(tag)
     sync(tag.parent)
     verified(tag)
-    write(tag.parent / "latest", tag.name.encode())
+    write(tag.parent / "latest", tag.name.encode())  # for people: a run takes the newest tag whose sums are right
     older, keep_every = [step for step in _tags(tag.parent) if step <= facts["step"]], facts["settings"]["keep_every"]
     for step in older[KEEP:]:  # newer ones are damaged
         if not keep_every or step % keep_every:

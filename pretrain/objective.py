@@ -46,9 +46,7 @@ def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
 
 
 def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
-    """Mean squared difference of scaled scores QK^T/sqrt(d) over heads and a row's real pairs (eq. 7) -> (B,) float32.
-
-    Queries and keys are (B, H, L, d), of any two d, not scaled; `real_BL` are the keys, `counted_BL` the queries that count."""
+    """Mean squared difference of scores QK^T/sqrt(d) over heads and a row's pairs (eq. 7); (B, H, L, any d) -> (B,) float32."""
     queries, keys = (mask_BL[:, None, :, None].float() for mask_BL in (counted_BL, real_BL))
     sq, sk, tq, tk = sq.float() * queries, sk.float() * keys, tq.float() * queries, tk.float() * keys
     s_width, t_width = sq.shape[-1], tq.shape[-1]

@@ -48,10 +48,8 @@ def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
 
 
 def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, init: str, recipe: Recipe,
-                  rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:
-    """A new student over the teacher's vocabulary and positions; `layers` and `init` are what layer_map and first_weights give.
-
-    Random weights are drawn from (seed, name); `projected` ones are fitted on `rows`: ids, segments, real."""
+                  rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:  # ids, segments, real to fit `projected` to
+    """A new student over the teacher's vocabulary and positions; `layers` and `init` as layer_map and first_weights give them."""
     t = teacher.config
     config = BertConfig(
         vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,

@@ -1,8 +1,7 @@
 """Make shards of NSP rows with precomputed masks from raw text.
 
 Documents are tokenized once into OUT/.store; every shard, a range of documents, is a pure function of (store, settings, number).
-Any number of processes of the same command share the work: each makes the next file that is not there and whose lock is free.
-The locks of one that dies are free at once, so another one, or the same command later, goes on, always to the same bytes."""
+Processes of the same command share the work: each makes the next file that is not there and whose lock no living one has."""
 
 import argparse
 import fcntl
