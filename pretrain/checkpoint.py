@@ -101,9 +101,7 @@ def verified(tag: Path) -> dict:
 
 
 def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] | None:
-    """The newest whose sums are right, if any: (tag, step, what a person should know, whether it must be converted).
-
-    ValueError where there are checkpoints and none is good, or where the learning settings are others."""
+    """The newest whose sums are right: (tag, step, notes for a person, must it be converted); ValueError where none is usable."""
     notes = []
     for tag in _tags(folder).values():
         try:

@@ -74,9 +74,7 @@ def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor,
 
 
 def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
-    """The teacher layer (from 1) that each student layer imitates; a tuple of them, maybe empty, with groups: `1:3-5,2:6-8`.
-
-    `uniform` is TinyBERT's own map where M divides N and rounds half up elsewhere: 2, 3, 5, 6 for N=6, M=4."""
+    """The teacher layer (from 1) that each student layer imitates; a tuple of them, maybe empty, with groups: `1:3-5,2:6-8`."""
     m_all, n = range(1, student_layers + 1), teacher_layers
     if ":" in kind:
         groups = dict.fromkeys(m_all, ())
@@ -91,7 +89,7 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
     if student_layers > teacher_layers:
         raise ValueError(f"a student of {student_layers} layers is deeper than its teacher of {teacher_layers}; "
                          f"write layers={teacher_layers} or fewer")
-    maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],
+    maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],  # TinyBERT's; rounds half up
             "last": [n - student_layers + m for m in m_all], "first": list(m_all)}
     if kind not in maps:
         raise ValueError(f"layer_map={kind!r}{did_you_mean(kind, maps)} (there are {', '.join(maps)}, and groups: 1:3-5,2:6-8)")

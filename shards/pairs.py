@@ -110,14 +110,13 @@ def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_wo
 def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Callable, row_length: int):
     """One mask set of at most BLOCK_ROWS rows: (counts R, positions in their rows P, ids that stand there P).
 
-    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place.
-    80 % become [MASK], 10 % stay, 10 % become any id that may replace."""
+    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place."""
     budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)  # BERT's: 20 of 128 at most
     taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))
     starts, sizes, rows = (column[taken] for column in found)
     where = _runs(starts, sizes)
     new, kind = ids[where], draw(1, where)
-    new[kind < int(0.8 * 2**32)] = vocabulary.mask
+    new[kind < int(0.8 * 2**32)] = vocabulary.mask  # 80 %; 10 % stay what they are, 10 % become any id that may replace
     other = np.flatnonzero(kind >= int(0.9 * 2**32))
     allowed = np.flatnonzero(vocabulary.may_replace)
     new[other] = allowed[draw(2, where[other]).astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)]
