@@ -1,7 +1,7 @@
 """Encoders from transformers, the trace each one hands out, and the teacher.
 
 No hooks and no copied BERT: an attention function registered with transformers returns the projected queries, keys and values in
-the place of the weights.  Letters: B rows, L positions, D features, H heads, d features of a head."""
+the place of the attention weights.  Letters: B rows, L positions, D features, H heads, d features of a head."""
 
 import sys
 from contextlib import nullcontext

@@ -1,7 +1,7 @@
 """HEART: what "like the teacher" means.  Tensors only.
 
 TinyBERT (arXiv 1909.10351, eq. 7 to 9) matches embeddings, hidden states and attention scores before the softmax.  The scores
-are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_s - K_t], whose Gram matrices are 2d square,
+are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_s - K_t], with Gram matrices 2d square (exact, linear in L):
 
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 

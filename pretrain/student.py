@@ -87,7 +87,7 @@ def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer
     student.encoder.float().save_pretrained(part, state_dict=encoder)  # config.json tells the type of the module's own weights
     tokenizer.save_pretrained(part)
     if projection:
-        save_file(projection, part / "projection.safetensors")
+        save_file(projection, part / "projection.safetensors")  # weight (teacher's width, student's) and bias
     sync(part, *part.rglob("*"))
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists():

@@ -84,7 +84,7 @@ class Stream:
         return keys, at
 
     def batches(self, j: int, micro: int) -> list[Batch]:
-        """This rank's share of the global batch at row j, sorted by length, `micro` rows a piece.  ValueError: of a shard."""
+        """A rank's share of the global batch at row j, sorted by length, `micro` rows at once.  ValueError names a bad shard."""
         share = len(self.mine)
         if j not in self.span:
             if j != self.span.stop:
