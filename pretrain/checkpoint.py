@@ -1,8 +1,4 @@
-"""Checkpoints that are whole or absent: a tag is one folder for all students, checked by sums before it is read.
-
-DeepSpeed neither syncs nor renames, and loads a file with a flipped byte without complaint.  So every rank writes into
-`step-N.part`; then rank 0 syncs the files, writes `manifest.json` with their sizes and sha256, renames the folder, and
-reads it back before an older one may go.  `latest` is for people: a run takes the newest tag whose sums are right."""
+"""Checkpoints that are whole or absent, a folder (tag) for all students: DeepSpeed itself neither syncs, renames nor checks."""
 
 import hashlib
 import json
@@ -21,17 +17,14 @@ from shards.block import write, write_json
 KEEP = 3  # newest good checkpoints that stay
 
 
-def save(folder: Path, engines: list[Engine], ranks: Ranks, *, step: int, about: dict, keep_every: int,
-         last: Path | None) -> Path:
-    """Write `step-N` whole; every rank calls it.  `about` (settings, machine) goes into its manifest.
-
-    Where that fails, as on a full disk, all ranks raise ValueError, which names the `last` good one; nothing of it stays."""
+def save(folder: Path, engines: list[Engine], ranks: Ranks, step: int, about: dict, last: Path | None) -> Path:
+    """Write `step-N` whole, on all ranks.  ValueError names the `last` good one where that fails; nothing of it stays then."""
     tag, part = folder / f"step-{step}", folder / f"step-{step}.part"
     try:
         ranks.first(partial(_prepare, part, [engine.name for engine in engines]))
         for engine in engines:
             ranks.agree(engine.save(part))
-        ranks.first(partial(_publish, part, tag, ranks.world * len(engines), {"step": step, **about}, keep_every))
+        ranks.first(partial(_publish, part, tag, ranks.world * len(engines), {"step": step, **about}))
     except ValueError as error:
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -48,7 +41,7 @@ def _prepare(part: Path, students: list[str]) -> None:
         (part / name).mkdir(parents=True)
 
 
-def _publish(part: Path, tag: Path, optimizers: int, facts: dict, keep_every: int) -> None:
+def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
     """Let a complete `part` appear as `tag`, and old tags go."""
     if len(list(part.rglob("*optim_states.pt"))) != optimizers:
         raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
@@ -60,11 +53,11 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict, keep_every: in
     part.rename(tag)
     sync(tag.parent)
     verified(tag)
-    write(tag.parent / "latest", tag.name.encode())
-    older = [(step, old) for step, old in _tags(tag.parent).items() if step <= facts["step"]]  # newer ones are damaged
-    for step, old in older[KEEP:]:
+    write(tag.parent / "latest", tag.name.encode())  # for people: a run takes the newest tag whose sums are right
+    older, keep_every = [step for step in _tags(tag.parent) if step <= facts["step"]], facts["settings"]["keep_every"]
+    for step in older[KEEP:]:  # newer ones are damaged
         if not keep_every or step % keep_every:
-            shutil.rmtree(old)
+            shutil.rmtree(tag.with_name(f"step-{step}"))
 
 
 def identity(teacher: nn.Module) -> str:
@@ -108,9 +101,7 @@ def verified(tag: Path) -> dict:
 
 
 def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] | None:
-    """The newest checkpoint whose sums are right: (tag, step, what a person should know, whether it must be converted).
-
-    None where there is no checkpoint.  ValueError where none is good, or where the learning settings are others."""
+    """The newest whose sums are right: (tag, step, notes for a person, must it be converted); ValueError where none is usable."""
     notes = []
     for tag in _tags(folder).values():
         try:

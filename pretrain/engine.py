@@ -1,6 +1,4 @@
-"""HEART: the only file that imports deepspeed.  One ZeRO-1/2 engine for each student, its update and its files.
-
-The recipe owns what is learned; a file of ds_configs/ owns how the machine runs it.  Accumulation is derived."""
+"""HEART: the only file that imports deepspeed.  One ZeRO-1/2 engine for each student, its update and its files."""
 
 import contextlib
 import hashlib
@@ -126,7 +124,7 @@ class Engine:
     """One student under DeepSpeed, its dropout drawn from (seed, name, rank, step), so that no other student moves it."""
 
     def __init__(self, name: str, student: nn.Module, recipe: Recipe, config: dict, micro: int, ranks: Ranks, *,
-                 drawn_at: int, universal: bool):  # a step; whether it will load what `to_universal` wrote
+                 drawn_at: int, saved: Path | None, universal: bool):  # a step; a folder to go on from; is it to_universal's?
         import deepspeed
 
         self.name, self.recipe, self.ranks = name, recipe, ranks
@@ -147,6 +145,9 @@ class Engine:
         self.random = torch.Generator(ranks.device).manual_seed(int.from_bytes(drawn[:7], "big")).get_state()
         self.allowed = 20 if precision(config) == "fp16" else 0  # fp16's loss scale is found by skipping steps
         self.skipped = 0  # updates in a row
+        if saved:
+            _, state = self.deepspeed.load_checkpoint(str(saved), tag=name)
+            self.random = self.random if universal else state["distil"]["random"][ranks.rank]
 
     def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
         """The student's trace of one micro batch."""
@@ -196,12 +197,6 @@ class Engine:
             torch.save(state_dict, path)
         except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
             self.unwritten = OSError(f"{path} cannot be written ({str(error).splitlines()[0]}); is the disk full?")
-
-    def load(self, folder: Path, *, random: bool) -> None:
-        """Weights and optimizer from folder/NAME, and this rank's random state where the ranks are the same."""
-        _, state = self.deepspeed.load_checkpoint(str(folder), tag=self.name)
-        if random:
-            self.random = state["distil"]["random"][self.ranks.rank]
 
 
 def to_universal(tag: Path, students: list[str]) -> Path:

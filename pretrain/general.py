@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from pretrain.recipe import RECIPES, SHAPES, Recipe
+from pretrain.recipe import SHAPES, Recipe
 from pretrain.signals import StopRequest
 
 
@@ -23,7 +23,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
                         "given several times (one teacher pass for all); default: tiny4")
     parser.add_argument("--engine", help="DeepSpeed file; default: gpu-bf16, gpu-fp16 or cpu of ds_configs/, by device")
     parser.add_argument("--out", default="runs/general", help="folder of the run; the same command goes on in it")
-    parser.add_argument("--recipe", default="tinybert", choices=RECIPES, help="settings to begin from")
     parser.add_argument("--teacher-dtype", default="auto", choices=["auto", "bf16", "fp16", "fp32"], help="auto: what is fast")
     parser.add_argument("--fresh", action="store_true", help="begin at step 0; an old run is renamed to OUT.1, OUT.2, ...")
     parser.add_argument("--timeout", type=float, default=600, help="seconds without a word after which a host or rank is lost")

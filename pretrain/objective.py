@@ -1,13 +1,11 @@
 """HEART: what "like the teacher" means.  Tensors only.
 
-TinyBERT (arXiv 1909.10351, eq. 7 to 9) matches embeddings, hidden states and attention scores before the
-softmax.  The scores are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_s - K_t],
+TinyBERT (arXiv 1909.10351, eq. 7 to 9) matches embeddings, hidden states and attention scores before the softmax.  The scores
+are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_s - K_t], with Gram matrices 2d square (exact, linear in L):
 
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 
-where the Gram matrices are 2d square: exact, linear in L.  A row's loss is a mean over its own real tokens (or pairs of
-them), so it depends on no padding, no micro batch and no rank.  Off by default: cosine of states, MiniLM's relations.
-
+A row's loss is a mean over its own real tokens (or pairs of them), so it depends on no padding, micro batch or rank.
 Letters: B rows, L positions, D features, H heads, d features of a head.  s_ is the student's, t_ the teacher's."""
 
 import re
@@ -47,12 +45,8 @@ def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
     return ((1 - F.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
 
 
-def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor | None = None) -> Tensor:
-    """Mean squared difference of scaled scores QK^T/sqrt(d) over heads and a row's real pairs (eq. 7) -> (B,) float32.
-
-    Queries and keys are (B, H, L, d), not scaled; the two models have as many heads, of any two widths.  `counted_BL`: the
-    queries that count, where they are not the real tokens; what is no key adds nothing to the sum, but to its mean."""
-    counted_BL = real_BL if counted_BL is None else counted_BL
+def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
+    """Mean squared difference of scores QK^T/sqrt(d) over heads and a row's pairs (eq. 7); (B, H, L, any d) -> (B,) float32."""
     queries, keys = (mask_BL[:, None, :, None].float() for mask_BL in (counted_BL, real_BL))
     sq, sk, tq, tk = sq.float() * queries, sk.float() * keys, tq.float() * queries, tk.float() * keys
     s_width, t_width = sq.shape[-1], tq.shape[-1]
@@ -80,10 +74,7 @@ def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor,
 
 
 def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
-    """The teacher layer (from 1) that each student layer imitates; with explicit groups a tuple of them, maybe empty.
-
-    `uniform` is TinyBERT's own map where M divides N and rounds half up elsewhere: 2, 3, 5, 6 for N=6, M=4.
-    Groups, `1:3-5,2:6-8,4:12`: a student layer against the mean of the losses to several teacher layers."""
+    """The teacher layer (from 1) that each student layer imitates; a tuple of them, maybe empty, with groups: `1:3-5,2:6-8`."""
     m_all, n = range(1, student_layers + 1), teacher_layers
     if ":" in kind:
         groups = dict.fromkeys(m_all, ())
@@ -98,7 +89,7 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
     if student_layers > teacher_layers:
         raise ValueError(f"a student of {student_layers} layers is deeper than its teacher of {teacher_layers}; "
                          f"write layers={teacher_layers} or fewer")
-    maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],
+    maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],  # TinyBERT's; rounds half up
             "last": [n - student_layers + m for m in m_all], "first": list(m_all)}
     if kind not in maps:
         raise ValueError(f"layer_map={kind!r}{did_you_mean(kind, maps)} (there are {', '.join(maps)}, and groups: 1:3-5,2:6-8)")
@@ -121,9 +112,8 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
            relation_heads: int | None = None, padded: bool = False) -> dict[str, Tensor]:
     """Every term of the loss for each row -> (B,) float32, by the names of `term_names`.
 
-    `real_BL` is True on tokens; student's hidden states have the teacher's width (projected where they must be).
-    With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv 2012.15828).  `padded`: means
-    over all positions of the rows as they are padded, as TinyBERT's code takes them."""
+    `real_BL` is True on tokens.  With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv
+    2012.15828).  `padded`: means over all positions of the rows as they are padded, as TinyBERT's code takes them."""
     counted_BL = torch.ones_like(real_BL) if padded else real_BL
 
     def heads(x: Trace, layer: int, part: str) -> Tensor:

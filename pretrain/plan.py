@@ -11,7 +11,7 @@ from transformers.utils import logging
 from pretrain.encoder import check_tokenizer, model_config
 from pretrain.engine import device_type, read_engine_file
 from pretrain.objective import OF_HEADS, layer_map, term_weights
-from pretrain.recipe import RECIPES, Recipe, Shape, override, parse_student
+from pretrain.recipe import Recipe, Shape, override, parse_student
 from pretrain.student import first_weights
 from shards.block import Manifest, check_there, read_manifest
 
@@ -39,7 +39,7 @@ def resolve(given: Namespace) -> Plan:
     """Read and check every input, on every rank alike.  ValueError says what to write instead."""
     logging.set_verbosity_error()  # it reports at length on a pooler that is not used here
     logging.disable_progress_bar()
-    recipe = override(RECIPES[given.recipe], given.settings)
+    recipe = override(Recipe(), given.settings)
     shapes = [parse_student(spec) for spec in given.student or ["tiny4"]]
     students = dict(shapes)
     if len(students) < len(shapes):

@@ -1,11 +1,9 @@
 """`init=projected`: a BERT teacher's embeddings and layers cut to a student's widths and fitted to what it computes on some rows.
 
 Every state x (D) of the teacher stands as P^T x in the student, P (D, d) being the principal components of all states, turned at
-random so that LayerNorm, which takes the mean and variance of features, finds features that are alike.  A head keeps the
-directions that its scores, or what its values add, are made of; the intermediate layer keeps the neurons that add most.  Then
-each matrix in turn is the ridge regression of its target on what the student itself computes up to there, so a layer also makes
-up for the teacher's layers that were left out before it.
-
+random so that LayerNorm finds features that are alike.  Heads keep the directions that their scores, or what their values add,
+are made of; the intermediate layer the neurons that add most.  Then each matrix in turn is the ridge regression of its target on
+what the student itself computes up to there, so a layer also makes up for the teacher's layers that were left out before it.
 Letters: B rows, L positions, N tokens, H heads, D and d features of teacher and student, E and e of their heads."""
 
 import torch

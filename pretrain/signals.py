@@ -1,6 +1,4 @@
-"""A request to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone.
-
-The run ends the step, saves, and leaves with PREEMPTED, so that a requeued job goes on by itself."""
+"""A request to stop: SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone."""
 
 import os
 import signal
@@ -11,9 +9,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Before `armed` there is nothing to save: a signal ends the process at once.  A second SIGINT always does.
-
-    A second SIGTERM does not: schedulers signal the whole process group, and launchers then pass on what they got."""
+    """Before `armed` there is nothing to save: a signal ends the process at once.  A second SIGINT always does."""
 
     def __init__(self):
         self.armed, self.reason = False, None
@@ -30,7 +26,7 @@ class StopRequest:
         name = signal.Signals(number).name
         if not self.armed:
             os._exit(PREEMPTED)
-        if name == self.reason == "SIGINT":
+        if name == self.reason == "SIGINT":  # SIGTERM comes twice by itself: to the process group, and passed on by launchers
             os._exit(128 + signal.SIGINT)
         self.reason = name
 

@@ -48,11 +48,8 @@ def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
 
 
 def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, init: str, recipe: Recipe,
-                  rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:
-    """A new student over the teacher's vocabulary and positions; `layers` and `init` are what layer_map and first_weights give.
-
-    Random weights are BERT's own, drawn from (seed, name): the same alone and beside others.  `projected` ones are fitted to what
-    the teacher computes on `rows`: ids, segments, real."""
+                  rows: tuple[Tensor, Tensor, Tensor] | None = None) -> Student:  # ids, segments, real to fit `projected` to
+    """A new student over the teacher's vocabulary and positions; `layers` and `init` as layer_map and first_weights give them."""
     t = teacher.config
     config = BertConfig(
         vocab_size=t.vocab_size, hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
@@ -81,9 +78,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
-    """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all; training is over.
-
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`."""
+    """Write model, tokenizer and, where there is one, projection, whole or not at all; `weights`: fp32, by parameter name."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -92,7 +87,7 @@ def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer
     student.encoder.float().save_pretrained(part, state_dict=encoder)  # config.json tells the type of the module's own weights
     tokenizer.save_pretrained(part)
     if projection:
-        save_file(projection, part / "projection.safetensors")
+        save_file(projection, part / "projection.safetensors")  # weight (teacher's width, student's) and bias
     sync(part, *part.rglob("*"))
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists():

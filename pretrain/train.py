@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,7 +42,6 @@ class Run:
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest):
         self.plan, self.ranks, self.recipe, self.stop = plan, ranks, plan.recipe, stop
         self.out = Path(plan.options.out)
-        self.most = plan.engine["train_micro_batch_size_per_gpu"]  # the most rows held at once
         if self.recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
             torch.use_deterministic_algorithms(True)
@@ -50,7 +50,7 @@ class Run:
         mark = ranks.first(self._open_out)
         ranks.agree(None if mark.exists() else ValueError(
             f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
-        ranks.first(mark.unlink)
+        ranks.first(mark.rmdir)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()
         self._begin()
@@ -61,23 +61,21 @@ class Run:
         mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
         self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
                              rank=ranks.rank, world=ranks.world, mask=mask, padded=recipe.normalize == "padded")
-        self.micro = micro_rows(len(self.stream.mine), self.most)
+        self.micro = micro_rows(len(self.stream.mine), plan.engine["train_micro_batch_size_per_gpu"])
         self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
         self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
         if layers := windowed(self.teacher.config):
             ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
 
     def _open_out(self) -> Path:
-        """With --fresh the old run is renamed first; nothing is deleted -> a new file there, for all to see."""
+        """With --fresh the old run is renamed first; nothing is deleted -> a new folder there, for all to see."""
         if self.plan.options.fresh and self.out.exists():
             number = next(n for n in range(1, 10**6) if not self.out.with_name(f"{self.out.name}.{n}").exists())
             self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
             self.ranks.say(f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
         self.out.mkdir(parents=True, exist_ok=True)
         recover(self.out / "students")
-        mark = self.out / f".mark-{socket.gethostname()}-{os.getpid()}"
-        mark.touch()
-        return mark
+        return Path(tempfile.mkdtemp(prefix=".mark-", dir=self.out))
 
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
@@ -104,9 +102,7 @@ class Run:
                            f"{shape.hidden}, init={init}, like teacher layers {layers}"
                            + (", () without a layer loss" if () in layers else ""))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
-                                       drawn_at=self.step, universal=universal))
-            if source:
-                self.engines[-1].load(source, random=not universal)
+                                       drawn_at=self.step, saved=source, universal=universal))
         keep_layers(self.teacher, max(np.max(layer, initial=0) for layers in self.plan.layers.values() for layer in layers))
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
         check_trace(self.teacher)
@@ -143,7 +139,7 @@ class Run:
 
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
-        recipe, window = self.recipe, Window()
+        recipe, window, folder = self.recipe, Window(), self.out / "checkpoints"
         begin, end = map(int, (recipe.profile or "0:0").split(":"))
         profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.out / "tensorboard")))
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
@@ -169,15 +165,14 @@ class Run:
                     figures |= {"rows": self.step * recipe.batch, **self._look_at_held_out()}
                 self._log(figures)
                 if save:
-                    self.saved = checkpoint.save(self.out / "checkpoints", self.engines, self.ranks, step=self.step,
-                                                 about=self.about, keep_every=recipe.keep_every, last=self.saved)
+                    self.saved = checkpoint.save(folder, self.engines, self.ranks, self.step, self.about, self.saved)
                 window.begin += time.perf_counter() - pause  # rates are those of training alone
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or self.step % every == 0
 
     def _read(self, step: int) -> list[Batch]:
-        return self.stream.batches(step * self.recipe.batch, self.most) if step < self.recipe.steps else []
+        return self.stream.batches(step * self.recipe.batch, self.micro) if step < self.recipe.steps else []
 
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
         """The next step's rows, and whether any rank was asked to stop; what went wrong on one rank ends the run on all."""
@@ -204,8 +199,7 @@ class Run:
         return None
 
     def _tensors(self, batch: Batch) -> list[Tensor]:
-        arrays = (batch.ids, batch.segments, batch.real)
-        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in arrays]
+        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in (batch.ids, batch.segments, batch.real)]
 
     def _losses(self, batch: Batch, window: Window, look: Callable = lambda *_: {}) -> Iterator[tuple[Engine, Tensor]]:
         """One teacher pass, every student in turn: each one's loss by row.  It, its terms and what `look` finds are added up."""
@@ -234,7 +228,6 @@ class Run:
                 engine.update(losses.mean(), self.step)
 
     def _figures(self, window: Window) -> dict[str, float]:
-        """Means over the steps since the last logged one, and rates over all ranks."""
         return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
                 "lr": self.recipe.rate(self.step - 1),
                 **{self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}}

@@ -1,7 +1,5 @@
-"""THE FORMAT: blocks of rows, the samples of a WebDataset shard, and the manifest that lists the shards.
+"""THE FORMAT: rows `[CLS] A [SEP] B [SEP]` in blocks, the samples of a WebDataset shard, and the manifest that lists the shards.
 
-A row is one NSP pair `[CLS] A [SEP] B [SEP]`, kept unmasked.  A block is up to BLOCK_ROWS rows; it is one WebDataset sample, so a
-shard is a plain tar of members `00000.ids.npy`, `00000.lengths.npy`, ...  Ragged arrays are stored flat beside their lengths.
 Letters: R rows, T tokens of all rows, M mask sets, P masked positions of all sets and rows."""
 
 import hashlib
@@ -27,7 +25,7 @@ NPY = re.compile(rb"\x93NUMPY\x01\x00..\{'descr': '([<|]u[1248])', 'fortran_orde
 
 @dataclass(frozen=True)
 class Block:
-    """Rows as flat arrays.  Ids are uint16 where the vocabulary allows, uint32 elsewhere."""
+    """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are uint16 or uint32."""
 
     ids: np.ndarray  # T: token ids, unmasked, special tokens included
     lengths: np.ndarray  # R uint16: tokens of each row

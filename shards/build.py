@@ -1,11 +1,7 @@
 """Make shards of NSP rows with precomputed masks from raw text.
 
-    python -m shards.build wikitext:wikitext-103-raw-v1 --tokenizer bert-base-uncased --out data/shards
-    python -m shards.build wiki.train.tokens 'books/*.txt=2' --tokenizer DIR --out DIR --workers 8
-
 Documents are tokenized once into OUT/.store; every shard, a range of documents, is a pure function of (store, settings, number).
-Any number of processes of the same command share the work: each makes the next file that is not there and whose lock is free.
-The locks of one that dies are free at once, so another one, or the same command later, goes on, always to the same bytes."""
+Processes of the same command share the work: each makes the next file that is not there and whose lock no living one has."""
 
 import argparse
 import fcntl
@@ -28,15 +24,13 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from shards import block, pairs
-from shards import store as stored
+from shards import block, pairs, store as stored
 from shards.corpus import Tally
 from shards.look import summary
 from shards.sources import Source
 from shards.tokenizer import Vocabulary, open_tokenizer
 
-LIMITS = {"row_length": (8, 8192), "mask_sets": (1, 255), "held_out": (0, 0.9), "shards": (1, 99_999), "seed": (0, 2**63),
-          "workers": (1, 999)}
+LIMITS = dict(row_length=(8, 8192), mask_sets=(1, 255), held_out=(0, 0.9), shards=(1, 99_999), seed=(0, 2**63), workers=(1, 999))
 
 
 def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: bool = False):
@@ -136,13 +130,11 @@ def _finish(settings, vocabulary: Vocabulary, counts: dict, entries: list[Path],
     found = sum(map(Counter, counted), Counter())
     of_one = found["rows"] - found["chunks_of_several"]
     counts |= {
-        "truncated_tokens": found["truncated_tokens"],
         "masked": found["masked_tokens"] / settings.mask_sets / found["tokens"],  # share of the tokens
         "random_next": found["random"] / found["rows"],  # share of the rows whose B is random
         "random_of_one": (found["random"] - found["random_of_several"]) / max(1, of_one),  # where the chunk has one sentence
         "random_of_several": found["random_of_several"] / max(1, found["chunks_of_several"]),
-        "mean_length": found["tokens"] / found["rows"],
-    }
+        "mean_length": found["tokens"] / found["rows"], "truncated_tokens": found["truncated_tokens"]}
     for path in manifest.parent.glob("*.part"):  # of killed workers
         path.unlink(missing_ok=True)
     flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)

@@ -1,6 +1,4 @@
-"""Text -> documents of sentences: what a text is taken for, what is undone, what is left out.
-
-Reading is cheap and yields Documents as they stand; Document.sentences() does the work, in the workers of a build."""
+"""Text -> documents of sentences: what a text is taken for, what is undone, what is left out."""
 
 import re
 from collections import Counter
@@ -84,7 +82,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Document:
-    """Paragraphs or sentences as read, and the form that says what is still to do with them."""
+    """Paragraphs or sentences as read, and the form that says what is still to do with them: for the workers of a build."""
 
     units: list[str]
     form: Form

@@ -1,4 +1,4 @@
-"""Dynamic masks: new ones in each pass, yet a pure function of (seed, pass, row), for any batch, ranks and restart."""
+"""Dynamic masks: new ones in each pass, yet a pure function of (seed, pass, row)."""
 
 import io
 from pathlib import Path
@@ -19,9 +19,7 @@ def splitmix64(state: np.ndarray) -> np.ndarray:
 
 
 class DynamicMasks:
-    """Masks rows by the build's own rules, with what it left of its vocabulary; ValueError where it left none.
-
-    A row's chances are the SplitMix64 sequence from a hash of (seed, pass, number of the row) on, three for each position."""
+    """Masks rows by the build's own rules, with what it left of its vocabulary; ValueError where it left none."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, seed: int):
         if not manifest.vocabulary:
@@ -32,7 +30,7 @@ class DynamicMasks:
         self.whole_word = manifest.settings["masking"] == "whole-word"
 
     def apply(self, ids: np.ndarray, lengths: np.ndarray, epochs: np.ndarray, numbers: np.ndarray) -> None:
-        """Mask padded rows (R, L) in place; `epochs` and `numbers` (R,) are the rows' passes and numbers."""
+        """Mask padded rows (R, L) in place.  A row's chances, three for each position, follow from its pass and number, (R,)."""
         from shards.pairs import masked, words  # here: only these masks need the build's libraries
 
         keys = splitmix64(splitmix64(splitmix64(self.seed) + epochs.astype(np.uint64)) + numbers.astype(np.uint64))

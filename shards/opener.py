@@ -1,5 +1,4 @@
-"""The files beside a manifest: in a local folder, at `http(s)://HOST/FOLDER`, or from `pipe:COMMAND` with `{}` for the name.
-Only the command line says which of them it is: a manifest gives plain names alone."""
+"""The files beside a manifest: in a local folder, at `http(s)://HOST/FOLDER`, or from `pipe:COMMAND` with `{}` for the name."""
 
 import subprocess
 import time

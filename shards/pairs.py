@@ -1,6 +1,5 @@
 """Tokenized documents -> blocks of NSP rows with masks, as in BERT and TinyBERT: pure functions of (tokens, Generator).
 
-A segment is a slice of the store's flat ids, also after truncation: a row is four integers until its block is gathered.
 Unlike TinyBERT's pregeneration the target length is drawn for every row and second segments come from the whole corpus.
 Letters: R rows, T tokens, W words, P masked positions of all rows."""
 
@@ -22,9 +21,8 @@ MASK_PROB = 0.15
 def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Generator) -> list[tuple]:
     """Cut a document into rows (first sentence, end of A, end of the chunk, target in tokens, is B random), in order.
 
-    `ends` are the token offsets of its n sentences, n + 1 of them; `capacity` is a row's length without special tokens.
-    `second` is `any` (B follows A or is random), `next` (B follows A, or is empty where the chunk has one sentence) or
-    `none` (A is the chunk).  A row with a random B uses only A of its chunk: the next row starts with what is put back."""
+    `ends` are the token offsets of its n sentences, n + 1 of them; `capacity` is a row's length without special tokens.  `second`
+    is `any` (B follows A or is random), `next` (B follows A, or is empty after one sentence) or `none` (A is the chunk)."""
     n = len(ends) - 1
     rows, draws, i = [], [], 0
     while i < n:
@@ -35,15 +33,12 @@ def cut_document(ends: list[int], capacity: int, second: str, rng: np.random.Gen
         a = j if second == "none" or j == i + 1 else i + 1 + int(cut * (j - i - 1))
         is_random = second == "any" and (j == i + 1 or coin < RANDOM_NEXT)
         rows.append((i, a, j, target, is_random))
-        i = a if is_random else j
+        i = a if is_random else j  # a random B leaves the rest of the chunk to the next row
     return rows
 
 
-def cut_documents(store: Store, first: int, last: int, capacity: int, one_segment: bool,
-                  rng: np.random.Generator) -> np.ndarray:
-    """All rows of the documents first to last - 1, each as often as its copies.
-
-    Columns: document, first sentence, end of A, end of the chunk, target, is B random."""
+def cut_documents(store: Store, first: int, last: int, capacity: int, one_segment: bool, rng: np.random.Generator) -> np.ndarray:
+    """All rows of the documents first to last - 1, each as often as its copies: document, then what cut_document gives."""
     table = []
     for document in first + np.flatnonzero(np.diff(store.places[first:last + 1])):
         start, end = store.documents[document:document + 2].tolist()
@@ -56,17 +51,14 @@ def cut_documents(store: Store, first: int, last: int, capacity: int, one_segmen
 
 
 def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table.
-
-    B is empty in a row of one segment.  BERT drops one token at a time from the longer segment (B where equal), front or
-    back by a coin: here in one go."""
+    """(4 x R: start and end of A, start and end of B in the store's ids; R: tokens cut off) of the rows of a table."""
     document, i, a_last, j, target, is_random = table.T
     a_start, a_end, b_start, b_end = (store.sentences[index] for index in (i, a_last, a_last, j))
     a, where = a_end - a_start, np.flatnonzero(is_random)
     b_start[where], b_end[where] = _random_segments(store, document[where], (target - a)[where], rng)
     b = b_end - b_start
     excess = np.maximum(a + b - capacity, 0)
-    uneven = np.minimum(excess, abs(a - b))
+    uneven = np.minimum(excess, abs(a - b))  # BERT cuts single tokens, of the longer segment, front or back: here in one go
     a_cut = np.where(a > b, uneven, 0) + (excess - uneven) // 2
     b_cut = excess - a_cut
     a_front, b_front = rng.binomial(a_cut, 0.5), rng.binomial(b_cut, 0.5)
@@ -74,9 +66,7 @@ def draw_rows(store: Store, table: np.ndarray, capacity: int, rng: np.random.Gen
 
 
 def _random_segments(store: Store, own: np.ndarray, room: np.ndarray, rng: np.random.Generator) -> tuple:
-    """Token slices that start at a sentence drawn evenly from all copies of all documents but the `own` one of each.
-
-    They end with their document or at the first sentence end that fills `room` tokens, one sentence at least."""
+    """Token slices of `room` tokens or their document's rest, from sentences drawn evenly from all copies of other documents."""
     own_places = store.places[own + 1] - store.places[own]
     drawn = (rng.random(len(own)) * (store.places[-1] - own_places)).astype(np.int64)
     drawn += np.where(drawn >= store.places[own], own_places, 0)
@@ -106,12 +96,10 @@ def _gathered(store: Store, spans: np.ndarray, vocabulary: Vocabulary) -> tuple[
 
 
 def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_word: bool) -> tuple:
-    """(places in the flat ids, tokens, rows), W each, of what is masked together: words, or single tokens.
-
-    Special tokens are none; each row begins with one, so no word crosses two rows."""
+    """(places in the flat ids, tokens, rows), W each, of what is masked together: words or tokens, but no special ones."""
     special = vocabulary.special[ids]
     edges = special | vocabulary.begins_word[ids] if whole_word else np.ones(len(ids), bool)
-    edges[1:] |= special[:-1]
+    edges[1:] |= special[:-1]  # each row begins with one, so no word crosses two rows
     edges = np.append(np.flatnonzero(edges), len(ids))  # a word ends where the next one or a special token stands
     inside = ~special[edges[:-1]]
     starts = edges[:-1][inside]
@@ -122,16 +110,13 @@ def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_wo
 def masked(found: tuple, ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, draw: Callable, row_length: int):
     """One mask set of at most BLOCK_ROWS rows: (counts R, positions in their rows P, ids that stand there P).
 
-    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place.
-    A row's budget is max(1, round(length * MASK_PROB)) tokens, at most 0.16 * row_length (BERT's max_predictions: 20 of 128).
-    Its words come in random order; one that would exceed the budget is skipped.  80 % become [MASK], 10 % stay, 10 % become
-    any id that may replace."""
-    budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)
+    `found` is what words() gave; draw(purpose 0 to 2, places in the flat ids) gives a uint32 of chance for each place."""
+    budget = np.clip(np.rint(lengths * MASK_PROB), 1, round(0.16 * row_length)).astype(np.int64)  # BERT's: 20 of 128 at most
     taken = np.flatnonzero(_words_within(*found[1:], budget, draw(0, found[0])))
     starts, sizes, rows = (column[taken] for column in found)
     where = _runs(starts, sizes)
     new, kind = ids[where], draw(1, where)
-    new[kind < int(0.8 * 2**32)] = vocabulary.mask
+    new[kind < int(0.8 * 2**32)] = vocabulary.mask  # 80 %; 10 % stay what they are, 10 % become any id that may replace
     other = np.flatnonzero(kind >= int(0.9 * 2**32))
     allowed = np.flatnonzero(vocabulary.may_replace)
     new[other] = allowed[draw(2, where[other]).astype(np.uint64) * np.uint64(len(allowed)) >> np.uint64(32)]

@@ -1,8 +1,4 @@
-"""Names of sources -> documents.  README.md says what each kind of source is.
-
-PATH[:COLUMN], wikitext:[NAME:]CONFIG, bookcorpus[:NAME[:CONFIG]], bookcorpusopen[:NAME[:CONFIG]] or hf:NAME[:CONFIG]:COLUMN, each
-perhaps with =WEIGHT behind it.  NAME is a repository of the Hugging Face hub, streamed and not downloaded whole
-([@SPLIT][#REVISION] may follow), or a folder laid out like one."""
+"""Names of sources -> documents.  README.md says what each kind of source is."""
 
 import glob
 import hashlib
@@ -26,8 +22,7 @@ CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 TEXT, JSON, PARQUET = (".txt", ".tokens", ".raw"), (".jsonl", ".ndjson", ".json"), (".parquet",)  # taken from a folder
 BUFFER, BATCH = 2**16, 128  # bytes, and rows of Parquet, held at once: a row may be a book
 HUB = re.compile(r"(hf|wikitext|bookcorpus|bookcorpusopen)(?::([^@#]+))?(?:@([^@#]+))?(?:#(.+))?")
-HOMES = {"wikitext": "Salesforce/wikitext", "bookcorpus": "bookcorpus/bookcorpus",
-         "bookcorpusopen": "lucadiliello/bookcorpusopen"}
+HOMES = dict(wikitext="Salesforce/wikitext", bookcorpus="bookcorpus/bookcorpus", bookcorpusopen="lucadiliello/bookcorpusopen")
 FORMS = {"wikitext": Form("wikitext"), "bookcorpus": Form("lines", "run")}  # known, whatever the first lines look like
 
 

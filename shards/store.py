@@ -1,7 +1,4 @@
-"""The tokenized corpus on disk, from which rows are drawn.
-
-Documents are tokenized once, in pieces of about PIECE_CHARS characters (a function of the text alone), a file each; all are
-joined into flat files, read through memory maps: memory does not grow with them."""
+"""The tokenized corpus on disk, from which rows are drawn: pieces of the text, a file each, joined into flat, mapped files."""
 
 import mmap
 import os
@@ -21,13 +18,13 @@ from threading import Thread
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import id_type, write_json, written_whole
+from shards.block import id_type, write, write_json, written_whole
 from shards.corpus import Document, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
 
 SHARD_BYTES = 16 * 2**20
-PIECE_CHARS = 2**20
+PIECE_CHARS = 2**20  # of a piece, about: a function of the text alone
 BATCH = 1000  # sentences encoded at once: bounds the memory of a long document
 HELD_OUT, COPIES = 0, 1  # streams of chance
 DRAWS = {"train": (2, 3), "held": (4, 5)}  # of rows and of masks
@@ -178,8 +175,7 @@ def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: P
     copies = table["copies"] * ~held
     sizes, tokens = (table[name].astype(np.int64) for name in ("sentences", "tokens"))
     for name, counted in {"documents": sizes, "train": sizes * copies, "held": sizes * held}.items():
-        with written_whole(folder / name) as file:
-            file.write(np.append(0, np.cumsum(counted)))
+        write(folder / name, np.append(0, np.cumsum(counted)).tobytes())
     tasks = plan(settings, tokens * copies, tokens * held, np.dtype(id_type(vocab_size)).itemsize)
     of_source = np.bincount(table["source"], tokens * copies, len(settings.sources))
     counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),

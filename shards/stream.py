@@ -1,13 +1,10 @@
 """HEART: which rows at which step.  The position of a run is one integer, the row j it begins with.
 
-The order is a pure function of (manifest, seed, lanes).  With T training rows, row j of a run lies in pass
-e = j // T at u = j % T; its lane is u % lanes, its offset in the lane u // lanes.  In pass e the shards, in an
-order drawn from (seed, e) and laid end to end, are T places; lane l owns the consecutive places from
-l*(T//lanes) + min(l, T%lanes) on.  Place k of a shard is entry k of its row permutation, drawn from
-(seed, e, shard).  So each pass is every row exactly once, whatever the number and sizes of shards and lanes.
-A global batch is rows j to j+batch-1; its place c belongs to rank (c % lanes) % world.
-
-Letters: R rows, L positions."""
+The order is a pure function of (manifest, seed, lanes).  With T training rows, row j of a run lies in pass e = j // T at
+u = j % T; its lane is u % lanes, its offset in the lane u // lanes.  In pass e the shards, in an order drawn from (seed, e)
+and laid end to end, are T places; lane l owns the consecutive places from l*(T//lanes) + min(l, T%lanes) on.  Place k of a
+shard is entry k of its row permutation, drawn from (seed, e, shard).  So each pass is every row exactly once.  A global batch
+is rows j to j+batch-1; its place c belongs to rank (c % lanes) % world.  Letters: R rows, L positions."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,11 +47,9 @@ def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
 class Stream:
     """One rank's share of every global batch; shards are read ahead by threads.
 
-    `read` opens and checks one shard (shards.block.read_shard with the folder bound); `mask` is precomputed, none, or
-    the DynamicMasks to apply.  In memory are GATHERED rows and at most two decoded shards for each of the rank's lanes: the
-    one it stands in and, from a quarter of a shard before its end, the next (more only where shards have fewer rows than a
-    lane has in a batch).  `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.  `padded`: rows are as
-    long as the longest may be."""
+    `read` opens and checks one shard; `mask`: precomputed, none or what to apply; `padded`: rows as long as the longest may be.
+    `batch` is a multiple of `lanes`; ValueError where `lanes` is none of `world`.  In memory are GATHERED rows and at most two
+    decoded shards a lane: the one it stands in and, a quarter of a shard before its end, the next (more if shards are tiny)."""
 
     def __init__(self, manifest: Manifest, read: Callable[[Shard], Block], *, seed: int, batch: int, lanes: int,
                  rank: int = 0, world: int = 1, mask: str | DynamicMasks = "precomputed", padded: bool = False):
@@ -88,12 +83,9 @@ class Stream:
             at[here] -= begins[slots]
         return keys, at
 
-    def batches(self, j: int, most: int) -> list[Batch]:
-        """This rank's share of the global batch at row j, sorted by length, in micro batches of at most `most` rows.
-
-        ValueError where the share is larger than `most` and no multiple of it, and where a shard is not as it should be."""
+    def batches(self, j: int, micro: int) -> list[Batch]:
+        """A rank's share of the global batch at row j, sorted by length, `micro` rows at once.  ValueError names a bad shard."""
         share = len(self.mine)
-        micro = micro_rows(share, most)
         if j not in self.span:
             if j != self.span.stop:
                 self.decoded.clear()  # of another place, or not to be read: it is tried again
@@ -107,10 +99,9 @@ class Stream:
                 del self.decoded[key]
             self._open(later)  # ahead
         at = self.span.index(j) * share
-        return [self._cut(*self.rows, slice(n, n + micro)) for n in range(at, at + share, micro)]
+        return [self._cut(*self.rows, slice(n, min(n + micro, at + share))) for n in range(at, at + share, micro)]
 
     def _cut(self, ids: np.ndarray, facts: np.ndarray, some: slice) -> Batch:
-        """Some of the rows that _joined gave."""
         lengths, first, numbers = facts[some, :3].T
         positions = np.arange(-(-(self.manifest.row_length if self.padded else lengths.max()) // 8) * 8)
         real = positions < lengths[:, None]
@@ -167,7 +158,7 @@ class Stream:
 
 
 def micro_rows(share: int, most: int) -> int:
-    """Rows of a micro batch for a rank's share of the global batch."""
+    """Rows of a micro batch, at most `most`, for a rank's share of the global batch.  ValueError where they do not divide it."""
     if share > most and share % most:
         raise ValueError(f"a rank's share of the batch is {share} rows, no multiple of the engine file's train_micro_batch_size_"
                          f"per_gpu={most}; write a batch= that is a multiple of ranks x micro batch")

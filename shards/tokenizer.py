@@ -34,11 +34,10 @@ class Vocabulary:
     special: np.ndarray = field(repr=False)  # bool, `size`: never masked, never drawn
     begins_word: np.ndarray = field(repr=False)  # bool, `size`: False where a token continues the word before it
     may_replace: np.ndarray = field(repr=False)  # bool, `size`: may stand in for a masked token
-    added: dict[str, int] = field(default_factory=dict)  # tokens after the last piece: what a bare SentencePiece file lacks
 
     def stated(self) -> dict:
         """What the manifest says of the tokenizer."""
-        return {key: getattr(self, key) for key in ("fingerprint", "name", *ROLES, "added")} | {"vocab_size": self.size}
+        return {key: getattr(self, key) for key in ("fingerprint", "name", *ROLES)} | {"vocab_size": self.size}
 
 
 def _fast(slow):
@@ -133,7 +132,6 @@ def open_tokenizer(name: str) -> Vocabulary:
         raise ValueError(f"tokenizer {name}: no {' and no '.join(missing)} token; name one in its "
                          f"tokenizer_config.json ({json.dumps(missing[0] + '_token')}), or give a BERT-like tokenizer")
     token_of = {number: token for token, number in tokenizer.get_vocab().items()}
-    last = max(backend.get_vocab(with_added_tokens=False).values())
     tokens = [token_of.get(number, "") for number in range(max(token_of) + 1)]
     special = np.zeros(len(tokens), bool)
     special[[number for number, added in backend.get_added_tokens_decoder().items() if added.special]] = True
@@ -148,9 +146,7 @@ def open_tokenizer(name: str) -> Vocabulary:
         begins = np.array(max(([token.startswith(mark) for token in tokens] for mark in "\u2581\u0120"), key=sum))
         alone = [set(token) <= set(string.punctuation) for token in tokens]
         begins = begins | alone if begins.any() else ~begins  # whole words bear no mark
+    in_use = np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens])
     return Vocabulary(
         name=str(name), json=json.dumps(model), size=len(tokens), **roles, unk=tokenizer.unk_token,
-        added={token_of[number]: number for number in sorted(token_of) if number > last},
-        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special,
-        may_replace=~special & np.array([bool(token) and not UNUSED.fullmatch(token) for token in tokens]),
-    )
+        fingerprint=fingerprint(tokenizer), special=special, begins_word=begins | special, may_replace=in_use & ~special)

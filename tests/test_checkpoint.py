@@ -46,8 +46,8 @@ ABOUT = {"settings": {"steps": 90, "batch": 16, "lr": 1e-3, "log_every": 1, "det
 
 
 def save(folder: Path, step: int, student=None, keep_every: int = 0) -> Path:
-    return checkpoint.save(folder, [student or Student()], Alone(), step=step, about=ABOUT, keep_every=keep_every,
-                           last=None)
+    about = ABOUT | {"settings": ABOUT["settings"] | {"keep_every": keep_every}}
+    return checkpoint.save(folder, [student or Student()], Alone(), step, about, last=None)
 
 
 def steps(folder: Path) -> list[int]:

@@ -42,7 +42,7 @@ def direct_scores(s: Trace, t: Trace, m: int, n: int, mask: torch.Tensor) -> tor
 @pytest.mark.parametrize("d_s, d_t", [(8, 8), (5, 8), (8, 5)])
 def test_scores_are_those_of_the_direct_form(d_s, d_t):
     s, t, mask = made(1, 10, 3, d_s, 1), made(1, 10, 3, d_t, 2), real()
-    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask).double()
+    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask, mask).double()
     # float32 products of about d terms each: 1e-6 of the sums |S_s|^2 + |S_t|^2 that the form is built of
     size = sum(((x.queries[0].double() @ x.keys[0].double().mT) ** 2 / x.queries[0].shape[-1]).mean((1, 2, 3)) for x in (s, t))
     want = direct_scores(s, t, 0, 0, mask)
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_direct_form():
     s, t, mask = made(1, 10, 3, 8, 1), made(1, 10, 3, 8, 2), real()
     s32 = changed(s, lambda x: x.clone().requires_grad_())
     s64 = changed(s, lambda x: x.double().requires_grad_())
-    score_mse(s32.queries[0], s32.keys[0], t.queries[0], t.keys[0], mask).sum().backward()
+    score_mse(s32.queries[0], s32.keys[0], t.queries[0], t.keys[0], mask, mask).sum().backward()
     direct_scores(s64, t, 0, 0, mask).sum().backward()
     for a, b in ((s32.queries[0], s64.queries[0]), (s32.keys[0], s64.keys[0])):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=0, atol=1e-5 * b.grad.abs().max().item())
@@ -73,7 +73,7 @@ def test_models_close_to_each_other_keep_six_digits():
     t, mask = made(1, 10, 3, 8, 2), real()
     g = torch.Generator().manual_seed(5)
     s = changed(t, lambda x: x * (1 + 1e-4 * torch.randn(x.shape, generator=g)))
-    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask).double()
+    got = score_mse(s.queries[0], s.keys[0], t.queries[0], t.keys[0], mask, mask).double()
     torch.testing.assert_close(got, direct_scores(s, t, 0, 0, mask), rtol=1e-6, atol=0)
 
 
@@ -119,7 +119,8 @@ def test_a_hand_sum():
     """One head, two tokens, d=1: S_s = [[1,2],[2,4]], S_t = 0, so the mean square is (1+4+4+16)/4."""
     q = torch.tensor([[[[1.0], [2.0]]]])
     zero = torch.zeros_like(q)
-    assert score_mse(q, q, zero, zero, torch.ones(1, 2, dtype=torch.bool)).item() == 6.25
+    real = torch.ones(1, 2, dtype=torch.bool)
+    assert score_mse(q, q, zero, zero, real, real).item() == 6.25
 
 
 def test_layer_maps():

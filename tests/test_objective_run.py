@@ -41,7 +41,7 @@ def test_settings_that_do_not_go_together_are_said(settings, says, shards_folder
 
     from pretrain.plan import resolve
 
-    given = Namespace(recipe="tinybert", settings=settings, student=[SMALL], shards=shards_folder, engine=None,
+    given = Namespace(settings=settings, student=[SMALL], shards=shards_folder, engine=None,
                       teacher=str(teacher_folder), teacher_dtype="fp32", gpus=None)
     with pytest.raises(ValueError, match=says):
         resolve(given)

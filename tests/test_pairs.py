@@ -18,7 +18,7 @@ SIZE = 1000  # ids 0-4 special, 5-9 unused, from 700 on word pieces that continu
 
 def vocabulary() -> Vocabulary:
     number = np.arange(SIZE)
-    return Vocabulary(name="made here", json="", size=SIZE, pad=0, cls=2, sep=3, mask=4, unk=None, fingerprint="", added={},
+    return Vocabulary(name="made here", json="", size=SIZE, pad=0, cls=2, sep=3, mask=4, unk=None, fingerprint="",
                       special=number < 5, begins_word=number < 700, may_replace=number >= 10)
 
 

@@ -99,15 +99,14 @@ def test_a_bare_model_gives_sentencepieces_own_ids(trained, tmp_path, kind):
 
 def test_what_a_bare_model_lacks_comes_after_its_last_piece(trained):
     found = open_tokenizer(trained("unigram"))
-    assert found.added == {"[PAD]": 350, "[CLS]": 351, "[SEP]": 352, "[MASK]": 353} and found.size == 354
     assert found.stated() == {"fingerprint": found.fingerprint, "name": str(trained("unigram")), "vocab_size": 354, "pad": 350,
-                              "cls": 351, "sep": 352, "mask": 353, "added": found.added}
+                              "cls": 351, "sep": 352, "mask": 353}
     itself = SentencePieceProcessor(model_file=str(trained("unigram")))
     special = {itself.unk_id(), itself.bos_id(), itself.eos_id(), 350, 351, 352, 353}
     assert set(found.special.nonzero()[0]) == special and not found.may_replace[sorted(special)].any()
     albert, t5 = open_tokenizer(trained("albert")), open_tokenizer(trained("t5"))
-    assert (albert.pad, albert.cls, albert.sep, albert.mask, albert.added) == (0, 2, 3, 4, {})
-    assert (t5.pad, t5.added) == (0, {"[CLS]": 350, "[SEP]": 351, "[MASK]": 352})
+    assert (albert.pad, albert.cls, albert.sep, albert.mask) == (0, 2, 3, 4)
+    assert (t5.pad, t5.cls, t5.sep, t5.mask) == (0, 350, 351, 352)
 
 
 def test_a_folder_with_a_bare_model_is_that_model(trained, tmp_path):
@@ -148,7 +147,7 @@ def test_byte_level_bpe_in_robertas_layout(tmp_path):
     bpe.save_model(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
     found, tokenizer = open_tokenizer(tmp_path), auto_tokenizer(str(tmp_path))
-    assert (found.cls, found.pad, found.sep, found.mask, found.unk, found.added) == (0, 1, 2, 4, "<unk>", {})
+    assert (found.cls, found.pad, found.sep, found.mask, found.unk) == (0, 1, 2, 4, "<unk>")
     assert set(found.special.nonzero()[0]) == {0, 1, 2, 3, 4}
     worker = Tokenizer.from_str(found.json)
     for text in filter(str.strip, TEXTS):  # laid end to end: as if every sentence began after a space
@@ -205,7 +204,8 @@ def test_a_real_model_on_real_text():
     lines = (DATA / "wikitext-103/wiki.valid.raw").read_text().splitlines()
     lines += (DATA / "books/soseki-botchan.txt").read_text().splitlines()
     assert ids(auto_tokenizer(str(file)), lines) == SentencePieceProcessor(model_file=str(file)).encode(lines)
-    assert open_tokenizer(file).added == {"[PAD]": 1000, "[CLS]": 1001, "[SEP]": 1002, "[MASK]": 1003}
+    found = open_tokenizer(file)
+    assert (found.pad, found.cls, found.sep, found.mask) == (1000, 1001, 1002, 1003)
 
 
 def test_a_fingerprint_is_of_the_vocabulary_not_of_the_folder(tokenizer_folder, tmp_path):
@@ -215,7 +215,7 @@ def test_a_fingerprint_is_of_the_vocabulary_not_of_the_folder(tokenizer_folder, 
     other = save_tokenizer(tmp_path / "other", tokenizer_class="PreTrainedTokenizerFast", mask_token="[unused1]")
     assert open_tokenizer(other).fingerprint != here.fingerprint
     assert (here.pad, here.cls, here.sep, here.mask, here.unk) == (0, 2, 3, 4, "[UNK]")
-    assert here.special.sum() == 5 and not (here.may_replace & here.special).any() and here.added == {}
+    assert here.special.sum() == 5 and not (here.may_replace & here.special).any()
     assert not here.may_replace[5:15].any() and here.may_replace[15:].all()  # [unused0] to [unused9]
 
 

@@ -146,7 +146,7 @@ def serve(which: str, name: str, length: int, tokens: int, engine_file: str | No
         if which == "e":
             torch.optim.AdamW = partial(torch.optim.AdamW, fused=True)
         students = [student, models(which, name, length)[1].to(ranks.device)] if which == "d" else [student]
-        engines = [Engine(f"{name}-{n}", one, recipe, config, rows, ranks, drawn_at=0, universal=False)
+        engines = [Engine(f"{name}-{n}", one, recipe, config, rows, ranks, drawn_at=0, saved=None, universal=False)
                    for n, one in enumerate(students)]
         mask = None if which == "f" else real
         teacher.requires_grad_(False).to(DTYPES[fastest_dtype()])
