@@ -63,7 +63,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Task distillation on QNLI: does a sentence answer a question?",
-        epilog=f"key=value settings: {', '.join(Settings.__dataclass_fields__)} (see finetune/qnli.py)")
+        epilog=f"key=value settings: {', '.join(asdict(Settings()))} (see finetune/qnli.py)")
     parser.add_argument("--teacher", default="bert-base-uncased",
                         help="model folder or hub name; fine-tuned first unless it is a QNLI model already")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")

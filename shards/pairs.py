@@ -133,7 +133,8 @@ def _words_within(sizes: np.ndarray, rows: np.ndarray, budget: np.ndarray, chanc
         of_row, coin = rows[number].astype(np.uint64), chance[number].astype(np.uint64)
         # Sorting integers of row (9 bits), chance (32), word (23) is several times faster than argsort by (row, chance).
         order = (np.sort(of_row << np.uint64(55) | coin << np.uint64(23) | number) & np.uint64(2**23 - 1)).astype(np.int64)
-        at, ends = (np.searchsorted(of_row, np.arange(len(budget)), side) for side in ("left", "right"))
+        at = np.searchsorted(of_row, np.arange(len(budget)))
+        ends = np.searchsorted(of_row, np.arange(len(budget)), "right")
         while len(row := np.flatnonzero((at < ends) & (left > 0))):  # the next word of each row
             word = order[at[row]]
             fits = sizes[word] <= left[row]
