@@ -1,5 +1,6 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,36 +43,36 @@ def read_tsv(path: Path) -> list[Pair]:
             raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
         question, sentence, label = (fields[header.index(column)] for column in Pair._fields)
         if label not in LABELS:
-            wrong = f"unknown label {label!r}" if label else "no label"
-            raise ValueError(f"{where}: {wrong}; write {' or '.join(LABELS)}")
+            raise ValueError(f"{where}: {f'unknown label {label!r}' if label else 'no label'}; write {' or '.join(LABELS)}")
         if not question.strip() or not sentence.strip():
             raise ValueError(f"{where}: an empty {'sentence' if question.strip() else 'question'}")
         pairs.append(Pair(question, sentence, LABELS.index(label)))
     return pairs
 
 
-def _glue() -> tuple[list[Pair], list[Pair]]:
+def write_tsv(path: Path, numbers: list[int], pairs: list[Pair]) -> None:
+    """What read_tsv reads, a number beside each row as its index; a text's tabs and line ends become spaces."""
+    rows = [[str(number), pair.question, pair.sentence, LABELS[pair.label]] for number, pair in zip(numbers, pairs, strict=True)]
+    lines = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) for row in [["index", *Pair._fields], *rows]]
+    path.write_bytes("\n".join([*lines, ""]).encode())
+
+
+def load(source: str) -> tuple[list[Pair], list[Pair]]:
+    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv."""
+    if (folder := Path(source).expanduser()).is_dir():
+        return read_tsv(folder / "train.tsv"), read_tsv(folder / "dev.tsv")
+    if source != "glue":
+        raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
     try:
         import datasets  # here: it takes a second, and only this source needs it
 
         splits = datasets.load_dataset("nyu-mll/glue", "qnli")
     except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
-        raise ValueError(f"data glue: the hub did not give nyu-mll/glue ({reason}). With no network give --data "
-                         "FOLDER with GLUE's train.tsv and dev.tsv") from error
+        why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"
+        raise ValueError(f"data glue: {why}. With no network give --data FOLDER with GLUE's train.tsv and dev.tsv") from error
     names = splits["train"].features["label"].names  # by name: another copy of GLUE may number them otherwise
     return tuple([Pair(row["question"], row["sentence"], LABELS.index(names[row["label"]])) for row in splits[split]]
                  for split in ("train", "validation"))
-
-
-def load(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv."""
-    folder = Path(source).expanduser()
-    if source == "glue" and not folder.is_dir():
-        return _glue()
-    if not folder.is_dir():
-        raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
-    return read_tsv(folder / "train.tsv"), read_tsv(folder / "dev.tsv")
 
 
 class Rows:

@@ -1,6 +1,4 @@
-"""The QNLI stage: fine-tune the teacher, distil its layers and its predictions into the student, report.
-
-The command line, and every number that changes what a run learns; light to import: torch comes after both are checked.
+"""The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked.
 
     python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
 
@@ -15,13 +13,20 @@ if __package__ in (None, ""):  # started as a script: python puts finetune/ on t
 
 from pretrain.recipe import did_you_mean, override
 
-METHODS = ("tinybert", "gold")
-LEAST = {"rows": 1, "batch": 1, "length": 8}  # 0 for other numbers; 8: room for both texts beside three special tokens
+METHODS = {  # and the stages of each
+    "tinybert": ("teacher", "augment", "layers", "predictions", "report"),
+    "joint": ("teacher", "augment", "predictions", "report"),
+    "gold": ("gold", "report"),
+}
+JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
+LEAST = {"rows": 1, "batch": 1, "augment_k": 1, "length": 8}  # others: 0; length has room for two texts, three special tokens
 COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")
 STAGE = {  # the settings that its output depends on, beside the common ones
     "teacher": ("teacher_lr", "teacher_epochs"),
+    "augment": ("augment", "augment_p", "augment_k"),
     "layers": ("layers_lr", "layers_epochs", "layer_map", "embedding", "hidden", "attention"),
-    "predictions": ("predictions_lr", "predictions_epochs", "temperature"),
+    "predictions": ("method", "predictions_lr", "predictions_epochs", "temperature", "prediction", "layer_map", "embedding",
+                    "hidden", "attention", "soft", "hard"),
     "gold": ("gold_lr", "gold_epochs"),
 }
 
@@ -30,7 +35,7 @@ STAGE = {  # the settings that its output depends on, beside the common ones
 class Settings:
     """Task distillation's settings, TinyBERT's own for QNLI; `key=value` on the command line changes one."""
 
-    method: str = "tinybert"  # tinybert: the layers, then the predictions; gold: the student on gold labels, no teacher
+    method: str = "tinybert"  # layers, then predictions; joint: both and gold labels at once; gold: these alone, no teacher
     rows: int | None = None  # training rows used, drawn by the seed; None: all
     length: int = 128  # most tokens of a row, [CLS] and both [SEP] counted
     batch: int = 32  # rows of an update
@@ -40,15 +45,21 @@ class Settings:
     teacher_lr: float = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
     teacher_epochs: int = 3
     min_teacher: float = 0.6  # a teacher below this dev accuracy is refused
+    augment: int = 0  # tries a text at a new row, TinyBERT's are 20 and take long; 0: no augmentation
+    augment_p: float = 0.4  # probability of a word to be changed
+    augment_k: int = 15  # likely or near words that it is changed for
     layers_lr: float = 5e-5  # constant, without warm-up
     layers_epochs: int = 10
     layer_map: str = "uniform"  # uniform, last or first: the teacher layer of each student layer
-    embedding: float = 1.0  # weight of the embedding term
-    hidden: float = 1.0  # weight of each layer's hidden term
-    attention: float = 1.0  # weight of each layer's attention-score term
+    embedding: float = 1.0  # weight of the embedding term; joint 0.3
+    hidden: float = 1.0  # weight of each layer's hidden term; joint 0.3
+    attention: float = 1.0  # weight of each layer's attention-score term; joint 0.5
     predictions_lr: float = 3e-5  # linear
     predictions_epochs: int = 3
-    temperature: float = 1.0  # of both models' predictions
+    temperature: float = 1.0  # of both models' predictions; joint 2.0
+    prediction: str = "kl"  # summed over labels; tinybert: cross-entropy, mean over labels
+    soft: float = 0.2  # weight of the predictions beside the layers' terms, in method=joint
+    hard: float = 0.1  # weight of the labels beside them
     gold_lr: float = 3e-5  # linear; method=gold
     gold_epochs: int = 3
 
@@ -56,12 +67,13 @@ class Settings:
         for name, value in asdict(self).items():
             if isinstance(value, (int, float)) and not (value >= LEAST.get(name, 0) and math.isfinite(value)):
                 raise ValueError(f"{name}={value}: must be a number of at least {LEAST.get(name, 0)}")
-            if name in ("warmup", "min_teacher") and value > 1:
+            if name in ("warmup", "min_teacher", "augment_p") and value > 1:
                 raise ValueError(f"{name}={value}: a share, from 0 to 1")
         if self.temperature == 0:
             raise ValueError("temperature=0.0: must be above 0")
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}{did_you_mean(self.method, METHODS)} (there are {', '.join(METHODS)})")
+        for name, known in {"method": METHODS, "prediction": ("kl", "tinybert")}.items():
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={given!r}{did_you_mean(given, known)} (there are {', '.join(known)})")
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
@@ -74,11 +86,13 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Task distillation on QNLI: does a sentence answer a question?",
         epilog=f"key=value settings: {', '.join(Settings.__dataclass_fields__)} (see finetune/qnli.py)")
-    parser.add_argument("--teacher", default="bert-base-uncased",
-                        help="model folder or hub name; fine-tuned first unless it is a QNLI model already")
+    parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv")
-    parser.add_argument("--out", default="runs/qnli", help="gets teacher/, layers/, student/, report.md, report.json")
+    parser.add_argument("--out", default="runs/qnli", help="gets a folder a stage (student/ is the last), report.md, report.json")
+    parser.add_argument("--stages", help=f"run some of {','.join(METHODS['tinybert'])} alone; what they read must be there")
+    parser.add_argument("--mlm", help="masked LM with its head, for augment=N: a word becomes one that it finds likely")
+    parser.add_argument("--glove", metavar="FILE", help="vectors for augment=N: a word becomes a near one (default: teacher's)")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
@@ -88,18 +102,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stages; what a person got wrong is one line and exit code 2."""
     given = options(argv)
     try:
-        settings = override(Settings(), given.settings)
+        settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         import transformers
 
-        from finetune.stages import run_all
+        from finetune.stages import Run
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        text = run_all(given, settings)
+        text = Run(given, settings).run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"\n{text}\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name.")
+    print(f"\n{text}\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if text else "done")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from contextlib import nullcontext
 from functools import partial
 from statistics import median
 
@@ -18,16 +17,14 @@ ROUNDS = 7  # of timing
 
 @torch.inference_mode()
 def speeds(models: dict[str, nn.Module], rows: Rows) -> dict[str, list[float]]:
-    """Rows a second of each model, from rows on the host to answers on the host, in each of ROUNDS rounds.
-
-    Float32 on a CPU, bfloat16 on a GPU.  The models take turns within a round: a busy machine slows all of them."""
+    """Rows a second of each model, from host to host, in each of ROUNDS rounds of turns: a busy machine slows all of them."""
     numbers = list(range(min(4 * SPEED_BATCH, len(rows.labels))))
     batches = [rows.batch(numbers[n:n + SPEED_BATCH]) for n in range(0, len(numbers), SPEED_BATCH)]
     found: dict[str, list[float]] = {name: [] for name in models}
     for attempt in range(ROUNDS + 1):
         for name, model in models.items():
             started = time.perf_counter()
-            with lowered(model.device) if model.device.type == "cuda" else nullcontext():
+            with lowered(model.device, model.device.type == "cuda"):  # float32 on a CPU
                 for batch in batches:
                     logits(model, batch.copy().to(model.device)).cpu()
             if attempt:  # the first round warms up
@@ -61,6 +58,11 @@ def text(report: dict) -> str:
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     rows = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     table = "\n".join(f"| {row} |" for row in rows)
+    made = report["stages"].get("augment", {}).get("figures")
+    words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
+             "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
+             ).format_map(made) if made else ""
     return (f"# QNLI\n\n{table}\n\nAccuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
-            f"{report['train_rows']:,} training rows, seed {report['seed']}, method {report['settings']['method']}. Sentences/s "
-            f"(rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on {report['device']}.\n")
+            f"{report['train_rows']:,} training rows{words}, seed {report['seed']}, method {report['settings']['method']}. "
+            f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
+            f"{report['device']}.\n")

@@ -1,6 +1,5 @@
 """QNLI's rows, losses and labels: read by name, batched whole, losses against direct sums, outputs in GLUE's order."""
 
-import json
 import shutil
 from functools import partial
 
@@ -22,7 +21,6 @@ from transformers import (
 from finetune import data, distill
 from finetune.data import Pair
 from finetune.qnli import COMMON, STAGE, Settings
-from pretrain.encoder import load_teacher
 from pretrain.student import Student
 
 CPU = torch.device("cpu")
@@ -108,11 +106,6 @@ def test_rows_are_cut_to_length_and_no_stored_truncation_acts(tmp_path):
     assert len(whole.fields["input_ids"][0]) == 9 + 40 + 3
     assert len(cut.fields["input_ids"][0]) == 24
     assert cut.fields["token_type_ids"][0] == [0] * 11 + [1] * 13  # 9 + [CLS] [SEP], then 12 + [SEP]
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1,
-                                                     num_attention_heads=2, intermediate_size=8))
-    distill.save(model, tokenizer, tmp_path / "out")
-    stored = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    assert stored["truncation"] is None and stored["padding"] is None
 
 
 def test_batches_hold_every_row_once_padded_to_eights(tokenizer_folder):
@@ -152,23 +145,33 @@ def test_glue_without_a_hub_says_what_to_do(monkeypatch):
 # losses
 
 
+def imitation(model, batch, weights, teacher=None, layers=(), settings=None):
+    return distill.imitation(weights, teacher and Student(teacher, 24), [*layers], settings or Settings(),
+                             Student(model, model.config.hidden_size), batch)
+
+
+def gold(model):
+    return lambda batch: imitation(model, batch, {"hard": 1.0})
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_prediction_loss_is_a_divergence_summed_over_labels(place, temperature):
     teacher, student = (distill.open_classifier(place / name, 0, CPU) for name in ("teacher", "student"))
     batch = rows_of(place / "student", made_up_pairs(7, 3)).batch(list(range(7)))
     s, t = (torch.softmax(distill.logits(model, batch).double() / temperature, -1) for model in (student, teacher))
     direct = (t * (t.log() - s.log())).sum(-1)
-    loss = distill.prediction_loss(teacher, temperature, student, batch)
+    settings = Settings(temperature=temperature)
+    loss = imitation(student, batch, {"soft": 1.0}, teacher, settings=settings)
     torch.testing.assert_close(loss, direct.float(), rtol=1e-3, atol=1e-7)
-    assert distill.prediction_loss(teacher, temperature, teacher, batch).abs().max() < 1e-7
+    assert imitation(teacher, batch, {"soft": 1.0}, teacher, settings=settings).abs().max() < 1e-7
 
 
 def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
-    teacher = load_teacher(str(place / "teacher"), torch.float32, CPU)
+    teacher = distill.open_classifier(place / "teacher", 0, CPU).requires_grad_(False)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = distill.open_classifier(place / "student", 0, CPU)
-    student = Student(model.base_model, 24)
-    loss = partial(distill.layer_loss, teacher, [2, 3], {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}, student)
+    student, weights = Student(model, 24), {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}
+    loss = partial(distill.imitation, weights, Student(teacher, 24), [2, 3], Settings(), student)
     modes = []
 
     def measure():
@@ -199,7 +202,7 @@ def test_the_best_epoch_is_what_the_model_ends_with(place):
         return next(marks)
 
     rows = rows_of(place / "student", made_up_pairs(16, 3))
-    distill.fit(model, partial(distill.gold_loss, model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
+    distill.fit(model, gold(model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -211,7 +214,7 @@ def test_rates(place, monkeypatch):
     rows = rows_of(place / "student", made_up_pairs(10, 3))
     settings = Settings(warmup=0.2, gold_lr=1e-3, layers_lr=2e-3, batch=2, gold_epochs=2, layers_epochs=2)
     for stage in ("gold", "layers"):
-        distill.fit(model, partial(distill.gold_loss, model), rows, settings, stage, 0, lambda: 0.5)
+        distill.fit(model, gold(model), rows, settings, stage, 0, lambda: 0.5)
     assert used[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
     assert used[10:] == [2e-3] * 10
 

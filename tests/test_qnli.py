@@ -44,6 +44,8 @@ def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
     assert sorted(path.name for path in done.iterdir()) == ["layers", "report.json", "report.md", "student", "teacher"]
     written = json.loads((done / "report.json").read_text())
     for line, name in zip(written["models"], ("teacher", "student"), strict=True):
+        stored = json.loads((done / name / "tokenizer.json").read_text())
+        assert stored["truncation"] is None and stored["padding"] is None  # though rows were cut and padded with it
         model = AutoModelForSequenceClassification.from_pretrained(done / name)
         assert line["model"] == f"{name} {name}" and line["parameters"] == model.num_parameters()
         assert line["sentences_per_second"] > 0 and 0 <= line["accuracy"] <= 1
@@ -146,7 +148,7 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["batch=0"], "batch=0: must be a number of at least 1"),
     (["temperature=0"], "temperature=0.0: must be above 0"),
     (["min_teacher=2"], "min_teacher=2.0: a share, from 0 to 1"),
-    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, gold)"),
+    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, joint, gold)"),
     (["length=65"], "length=65: these models read at most 64 tokens; write length=64"),
     (["--data", "gleu"], "data 'gleu': no such folder; give one with train.tsv and dev.tsv, or glue"),
     (["--data", "{place}"], "train.tsv: no such file; a QNLI folder holds train.tsv and dev.tsv"),
