@@ -3,73 +3,63 @@
     python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
 
 import argparse
-import math
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
 
 if __package__ in (None, ""):  # started as a script: python puts finetune/ on the path, not the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pretrain.recipe import did_you_mean, override
+from pretrain.recipe import CHECKED, override
 
 METHODS = {"tinybert": ("teacher", "augment", "layers", "predictions", "report"),  # and the stages of each
            "joint": ("teacher", "augment", "predictions", "report"), "gold": ("gold", "report")}
 JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
-LEAST = {"rows": 1, "batch": 1, "augment_k": 1, "length": 8}  # others: 0; length has room for two texts, three special tokens
 COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")  # every stage's output depends on these,
 LAYERS = ("layer_map", "embedding", "hidden", "attention")  # on those that begin with its name, and two on more
 STAGE = {"layers": LAYERS, "predictions": (*LAYERS, "method", "temperature", "prediction", "soft", "hard")}
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Settings:
     """Task distillation's settings, TinyBERT's own for QNLI; `key=value` on the command line changes one."""
 
-    method: str = "tinybert"  # layers, then predictions; joint: both and gold labels at once; gold: these alone, no teacher
-    rows: int | None = None  # training rows used, drawn by the seed; None: all
-    length: int = 128  # most tokens of a row, [CLS] and both [SEP] counted
-    batch: int = 32  # rows of an update
-    warmup: float = 0.1  # share of the updates of a linear schedule
-    weight_decay: float = 0.01  # not on bias and LayerNorm
-    clip: float = 1.0  # largest global gradient norm; 0: any
-    teacher_lr: float = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
-    teacher_epochs: int = 3
-    min_teacher: float = 0.6  # a teacher below this dev accuracy is refused
-    augment: int = 0  # tries a text at a new row, TinyBERT's are 20 and take long; 0: no augmentation
-    augment_p: float = 0.4  # probability of a word to be changed
-    augment_k: int = 15  # likely or near words that it is changed for
-    layers_lr: float = 5e-5  # constant, without warm-up
-    layers_epochs: int = 10
+    method: Literal["tinybert", "joint", "gold"] = "tinybert"  # joint: layers, predictions and gold at once; gold: these alone
+    rows: PositiveInt | None = None  # training rows used, drawn by the seed; None: all
+    length: Annotated[int, Field(ge=8)] = 128  # most tokens of a row, [CLS] and both [SEP] counted; 8 leaves room for both texts
+    batch: PositiveInt = 32  # rows of an update
+    warmup: Share = 0.1  # share of the updates of a linear schedule
+    weight_decay: NonNegativeFloat = 0.01  # not on bias and LayerNorm
+    clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0: any
+    teacher_lr: NonNegativeFloat = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
+    teacher_epochs: NonNegativeInt = 3
+    min_teacher: Share = 0.6  # a teacher below this dev accuracy is refused
+    augment: NonNegativeInt = 0  # tries a text at a new row, TinyBERT's are 20 and take long; 0: no augmentation
+    augment_p: Share = 0.4  # probability of a word to be changed
+    augment_k: PositiveInt = 15  # likely or near words that it is changed for
+    layers_lr: NonNegativeFloat = 5e-5  # constant, without warm-up
+    layers_epochs: NonNegativeInt = 10
     layer_map: str = "uniform"  # uniform, last or first: the teacher layer of each student layer
-    embedding: float = 1.0  # weight of the embedding term; joint 0.3
-    hidden: float = 1.0  # weight of each layer's hidden term; joint 0.3
-    attention: float = 1.0  # weight of each layer's attention-score term; joint 0.5
-    predictions_lr: float = 3e-5  # linear
-    predictions_epochs: int = 3
-    temperature: float = 1.0  # of both models' predictions; joint 2.0
-    prediction: str = "kl"  # summed over labels; tinybert: cross-entropy, mean over labels
-    soft: float = 0.2  # weight of the predictions beside the layers' terms, in method=joint
-    hard: float = 0.1  # weight of the labels beside them
-    gold_lr: float = 3e-5  # linear; method=gold
-    gold_epochs: int = 3
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and not (value >= LEAST.get(name, 0) and math.isfinite(value)):
-                raise ValueError(f"{name}={value}: must be a number of at least {LEAST.get(name, 0)}")
-            if name in ("warmup", "min_teacher", "augment_p") and value > 1:
-                raise ValueError(f"{name}={value}: a share, from 0 to 1")
-        if self.temperature == 0:
-            raise ValueError("temperature=0.0: must be above 0")
-        for name, known in {"method": METHODS, "prediction": ("kl", "tinybert")}.items():
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"{name}={given!r}{did_you_mean(given, known)} (there are {', '.join(known)})")
+    embedding: NonNegativeFloat = 1.0  # weight of the embedding term; joint 0.3
+    hidden: NonNegativeFloat = 1.0  # weight of each layer's hidden term; joint 0.3
+    attention: NonNegativeFloat = 1.0  # weight of each layer's attention-score term; joint 0.5
+    predictions_lr: NonNegativeFloat = 3e-5  # linear
+    predictions_epochs: NonNegativeInt = 3
+    temperature: PositiveFloat = 1.0  # of both models' predictions; joint 2.0
+    prediction: Literal["kl", "tinybert"] = "kl"  # summed over labels; tinybert: cross-entropy, mean over labels
+    soft: NonNegativeFloat = 0.2  # weight of the predictions beside the layers' terms, in method=joint
+    hard: NonNegativeFloat = 0.1  # weight of the labels beside them
+    gold_lr: NonNegativeFloat = 3e-5  # linear; method=gold
+    gold_epochs: NonNegativeInt = 3
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
-        return {name: value for name, value in asdict(self).items() if name in (*COMMON, *STAGE.get(stage, ())) or
-                name.startswith(stage)}
+        return {name: value for name, value in vars(self).items()
+                if name.startswith(stage) or name in (*COMMON, *STAGE.get(stage, ()))}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

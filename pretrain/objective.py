@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.recipe import did_you_mean
+
 TERMS = ("embedding", "hidden", "attention")  # TinyBERT's
 RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) * 2, "vv": ("values",) * 2}  # MiniLM's
 OF_HEADS = ("attention", *RELATIONS)
@@ -101,7 +103,7 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
     maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],
             "last": [n - student_layers + m for m in m_all], "first": list(m_all)}
     if kind not in maps:
-        raise ValueError(f"layer_map={kind!r}: there are {', '.join(maps)}, and groups such as 1:3-5,2:6-8")
+        raise ValueError(f"layer_map={kind!r}{did_you_mean(kind, maps)} (there are {', '.join(maps)}, and groups: 1:3-5,2:6-8)")
     return maps[kind]
 
 

@@ -3,10 +3,15 @@
 import difflib
 import math
 import re
-import types
-import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
+
+CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)  # values by their types, read from text too
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -14,56 +19,46 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Recipe:
     """The settings of general distillation; `key=value` on the command line changes one."""
 
-    steps: int | None = None  # optimizer steps; None: three passes over the training rows
-    batch: int = 256  # rows of an optimizer step, over all ranks
-    lr: float = 1e-4  # at the end of the warm-up; linear to 0 at the last step
-    warmup: float = 0.1  # a share of the steps; an integer above 1 is steps
-    weight_decay: float = 0.01  # not on bias and LayerNorm
-    clip: float = 1.0  # largest global gradient norm
-    beta1: float = 0.9  # AdamW's
-    beta2: float = 0.999  # AdamW's
-    eps: float = 1e-6  # AdamW's
-    seed: int = 0  # of the order of rows, the masks' set and the students' first weights
-    lanes: int | None = None  # bounds the ranks a run can use; None: the largest divisor of batch up to 64
-    mask: str = "precomputed"  # the pass's mask set of the shards; dynamic: new masks in each pass; none
-    init: str = "auto"  # teacher: its embeddings and layers copied; projected: fitted to them; random; auto: what fits best
+    steps: PositiveInt | None = None  # optimizer steps; None: three passes over the training rows
+    batch: PositiveInt = 256  # rows of an optimizer step, over all ranks
+    lr: NonNegativeFloat = 1e-4  # at the end of the warm-up; linear to 0 at the last step
+    warmup: NonNegativeFloat = 0.1  # a share of the steps; an integer above 1 is steps
+    weight_decay: NonNegativeFloat = 0.01  # not on bias and LayerNorm
+    clip: NonNegativeFloat = 1.0  # largest global gradient norm
+    beta1: Fraction = 0.9  # AdamW's
+    beta2: Fraction = 0.999  # AdamW's
+    eps: NonNegativeFloat = 1e-6  # AdamW's
+    seed: NonNegativeInt = 0  # of the order of rows, the masks' set and the students' first weights
+    lanes: PositiveInt | None = None  # bounds the ranks a run can use; None: the largest divisor of batch up to 64
+    mask: Literal["precomputed", "dynamic", "none"] = "precomputed"  # the shards' mask sets in turn, or new masks in each pass
+    init: Literal["auto", "teacher", "projected", "random"] = "auto"  # the teacher copied, or fitted; auto: what fits best
     layer_map: str = "uniform"  # uniform, last, first, or groups such as 1:3-5,2:6-8: each student layer's teacher layers
     layer_weights: str = "equal"  # inverse: 1/(m+1); or numbers, the embeddings' first
-    normalize: str = "row"  # means over a row's real tokens; padded: over all positions of rows at full length (the reference)
-    dropout: float = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch
-    embedding: float = 1.0  # weight of the embedding term
-    hidden: float = 1.0  # weight of each layer's hidden term
-    attention: float = 1.0  # weight of each layer's attention-score term
-    cosine: float = 0.0  # weight of each layer's cosine of hidden states (DistilBERT)
-    qk: float = 0.0  # weight of each layer's attention distributions' KL (MiniLM)
-    qq: float = 0.0  # weight of each layer's relations of queries (MiniLMv2)
-    kk: float = 0.0  # weight of each layer's relations of keys (MiniLMv2)
-    vv: float = 0.0  # weight of each layer's relations of values (MiniLM, MiniLMv2)
-    relation_heads: int | None = None  # both models' heads joined and cut into so many, for scores and relations
-    log_every: int = 10  # steps between two logged lines
-    save_every: int = 500  # steps between two checkpoints; the last step always saves
-    keep_every: int = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
+    normalize: Literal["row", "padded"] = "row"  # means over real tokens; padded: over rows at full length (the reference)
+    dropout: Fraction = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch
+    embedding: NonNegativeFloat = 1.0  # weight of the embedding term
+    hidden: NonNegativeFloat = 1.0  # weight of each layer's hidden term
+    attention: NonNegativeFloat = 1.0  # weight of each layer's attention-score term
+    cosine: NonNegativeFloat = 0.0  # weight of each layer's cosine of hidden states (DistilBERT)
+    qk: NonNegativeFloat = 0.0  # weight of each layer's attention distributions' KL (MiniLM)
+    qq: NonNegativeFloat = 0.0  # weight of each layer's relations of queries (MiniLMv2)
+    kk: NonNegativeFloat = 0.0  # weight of each layer's relations of keys (MiniLMv2)
+    vv: NonNegativeFloat = 0.0  # weight of each layer's relations of values (MiniLM, MiniLMv2)
+    relation_heads: PositiveInt | None = None  # both models' heads joined and cut into so many, for scores and relations
+    log_every: PositiveInt = 10  # steps between two logged lines
+    save_every: PositiveInt = 500  # steps between two checkpoints; the last step always saves
+    keep_every: NonNegativeInt = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
     gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
-    eval_every: int = 500  # steps between two looks at the held-out rows; first and last step always
+    eval_every: PositiveInt = 500  # steps between two looks at the held-out rows; first and last step always
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            least = int(name in ("steps", "batch", "lanes", "log_every", "save_every", "eval_every", "relation_heads"))
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ValueError(f"{name}={value}: must be a number of at least {least}")
-            if name in ("dropout", "beta1", "beta2") and value >= 1:
-                raise ValueError(f"{name}={value}: must be from 0 to below 1")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known and not (name == "layer_map" and ":" in self.layer_map):
-                raise ValueError(f"{name}={getattr(self, name)!r}{did_you_mean(getattr(self, name), known)} "
-                                 f"(there are {', '.join(known)})")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
@@ -89,8 +84,6 @@ class Recipe:
 
 
 KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
-CHOICES = {"mask": ("precomputed", "none", "dynamic"), "init": ("auto", "teacher", "projected", "random"),
-           "layer_map": ("uniform", "last", "first"), "normalize": ("row", "padded")}
 NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing")  # may differ
 
 # TinyBERT's own numbers, but for two of its traps: the reference clips each tensor by itself and its Adam
@@ -100,37 +93,34 @@ RECIPES = {"tinybert": Recipe()}
 
 def override(recipe, settings: Iterable[str]):
     """`key=value` strings over a dataclass of settings.  ValueError says what was given and what to write."""
-    hints = typing.get_type_hints(type(recipe))
-    changes = {}
+    known, changes = recipe.__dataclass_fields__, {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
+        key, equals, changes[key] = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r} is no setting; write key=value (options begin with --)")
-        if key not in hints:
-            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, hints)} (there are {', '.join(hints)})")
-        kind, example = hints[key], getattr(recipe, key)
-        if isinstance(kind, types.UnionType):  # int | None
-            kind, example = typing.get_args(kind)[0], example or 100
-        try:
-            changes[key] = bool(["false", "true"].index(text)) if kind is bool else kind(text)
-        except ValueError:
-            raise ValueError(f"{key}: cannot read {text!r} as {kind.__name__}; write {key}={str(example).lower()}") from None
-    return replace(recipe, **changes)
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)} (there are {', '.join(known)})")
+    try:
+        return replace(recipe, **changes)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        if not wrong["loc"]:  # a __post_init__ says by itself what to write
+            raise wrong["ctx"]["error"] from None
+        key, example = wrong["loc"][0], getattr(recipe, wrong["loc"][0])
+        raise ValueError(f"{key}={changes[key]}: {wrong['msg'].replace('Input should', 'must')}; write such as "
+                         f"{key}={100 if example is None else str(example).lower()}") from None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Shape:
     """A student's size.  Named ones are in SHAPES."""
 
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int = 12
+    layers: PositiveInt
+    hidden: PositiveInt
+    intermediate: PositiveInt
+    heads: PositiveInt = 12
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
         if self.hidden % self.heads:
             raise ValueError(f"hidden={self.hidden} does not divide over heads={self.heads}; write "
                              f"hidden={max(1, self.hidden // self.heads) * self.heads} or another number of heads")

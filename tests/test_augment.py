@@ -236,8 +236,8 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     (["--stages", "augment"], "there are teacher, layers, predictions, report (augment with augment=20)"),
     (["--glove", "{place}/glove.txt"], "--mlm and --glove are for the augmentation; write augment=20"),
     (["augment=1", "--glove", "{place}/none.txt"], "none.txt: [Errno 2] No such file"),
-    (["augment=1", "augment_k=0"], "augment_k=0: must be a number of at least 1"),
-    (["augment_p=1.5"], "augment_p=1.5: a share, from 0 to 1"),
+    (["augment=1", "augment_k=0"], "augment_k=0: must be greater than 0; write such as augment_k=15"),
+    (["augment_p=1.5"], "augment_p=1.5: must be less than or equal to 1"),
 ])
 def test_errors_are_one_line(place, tmp_path, capsys, arguments, says):
     assert run(place, tmp_path / "out", *(argument.format(place=place) for argument in arguments)) == 2

@@ -100,7 +100,8 @@ def test_what_is_given_counts_more_than_what_joint_begins_with(place, monkeypatc
 
 def test_errors_are_one_line(place, tmp_path, capsys):
     assert run(place, tmp_path / "out", "prediction=tinybird") == 2
-    assert capsys.readouterr().err == "error: prediction='tinybird'; did you mean 'tinybert'? (there are kl, tinybert)\n"
+    assert capsys.readouterr().err == (
+        "error: prediction=tinybird: must be 'kl' or 'tinybert'; write such as prediction=kl\n")
     assert run(place, tmp_path / "out", "method=joint", "--stages", "layers") == 2
     assert "stages: 'layers' is none of this run" in capsys.readouterr().err
     assert qnli.METHODS["joint"] == ("teacher", "augment", "predictions", "report")

@@ -157,12 +157,12 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
 
 @pytest.mark.parametrize("arguments, says", [
     (["predictions_lrr=1"], "unknown setting 'predictions_lrr'; did you mean 'predictions_lr'?"),
-    (["batch=many"], "batch: cannot read 'many' as int; write batch=32"),
+    (["batch=many"], "batch=many: must be a valid integer, unable to parse string as an integer; write such as batch=32"),
     (["batch"], "'batch' is no setting; write key=value"),
-    (["batch=0"], "batch=0: must be a number of at least 1"),
-    (["temperature=0"], "temperature=0.0: must be above 0"),
-    (["min_teacher=2"], "min_teacher=2.0: a share, from 0 to 1"),
-    (["method=glod"], "method='glod'; did you mean 'gold'? (there are tinybert, joint, gold)"),
+    (["batch=0"], "batch=0: must be greater than 0; write such as batch=32"),
+    (["temperature=0"], "temperature=0: must be greater than 0"),
+    (["min_teacher=2"], "min_teacher=2: must be less than or equal to 1"),
+    (["method=glod"], "method=glod: must be 'tinybert', 'joint' or 'gold'"),
     (["length=65"], "length=65: these models read at most 64 tokens; write length=64"),
     (["--data", "gleu"], "data 'gleu': no such folder; give one with train.tsv and dev.tsv, or glue"),
     (["--data", "{place}"], "train.tsv: no such file; a QNLI folder holds train.tsv and dev.tsv"),
