@@ -1,14 +1,13 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas
+import pyarrow
 import torch
+from pyarrow import csv, parquet
 from transformers import BatchEncoding
 
 from pretrain.recipe import did_you_mean
@@ -28,37 +27,33 @@ class Pair(NamedTuple):
 def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
     """The rows of a .csv, a .parquet, or a file in GLUE's layout (fields between tabs, quotes having no meaning).
 
-    `columns` are the names of one or two texts and of the label.  ValueError names file and line, or row."""
+    `columns` are the names of one or two texts and of the label.  ValueError names file and row; a header is row 1."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
-    unit, first = ("row", 1) if path.suffix in (".csv", ".parquet") else ("line", 2)
+    header = path.suffix != ".parquet"
     try:
-        if path.suffix == ".parquet":
-            table = pandas.read_parquet(path).astype(str)
-            header, rows = [*table], table.to_numpy().tolist()
+        if header:
+            layout = (csv.ParseOptions(newlines_in_values=True) if path.suffix == ".csv" else
+                      csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False))
+            at_once = csv.ReadOptions(use_threads=False, block_size=1 + path.stat().st_size)  # so that errors name the row
+            table = csv.read_csv(path, at_once, layout, csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string())))
         else:
-            text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="\n")
-            style = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            header, *rows = csv.reader(text, **style)
-    except (ValueError, csv.Error) as error:
-        why = f"not UTF-8 ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else error
-        raise ValueError(f"{path}: {why}") from None
-    for column in columns:
-        if column not in header:
-            raise ValueError(f"{path}: no column {column!r}{did_you_mean(column, header)} (its header has {', '.join(header)})")
-    if not rows:
+            table = parquet.read_table(path)
+        if missing := [column for column in columns if column not in table.column_names]:
+            raise ValueError(f"no column {missing[0]!r}{did_you_mean(missing[0], table.column_names)} (its header has "
+                             f"{', '.join(table.column_names)})")
+        fields = [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
+    except (ValueError, KeyError, NotImplementedError) as error:  # KeyError: a name that stands twice; the last: lists, say
+        raise ValueError(f"{path}: {error}") from None
+    if not table.num_rows:
         raise ValueError(f"{path}: a header and no rows")
-    pairs, places = [], [header.index(column) for column in columns]
-    for number, fields in enumerate(rows, start=first):
-        where = f"{path}, {unit} {number}"
-        if len(fields) != len(header):
-            raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
-        *texts, label = (fields[place] for place in places)
+    pairs = []
+    for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
         if label not in labels:
-            raise ValueError(f"{where}: {f'unknown label {label!r}' if label else 'no label'}; write {' or '.join(labels)}")
-        for column, text in zip(columns, texts, strict=False):
-            if not text.strip():
-                raise ValueError(f"{where}: an empty {column}")
+            wrong = f"unknown label {label!r}" if label else "no label"
+            raise ValueError(f"{path}, row {number}: {wrong}; write {' or '.join(labels)}")
+        if empty := [column for column, text in zip(columns, texts, strict=False) if not text.strip()]:
+            raise ValueError(f"{path}, row {number}: an empty {empty[0]}")
         pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
     return pairs
 
@@ -92,10 +87,10 @@ class Rows:
 
     def __init__(self, tokenizer, pairs: list[Pair], length: int):
         # All said outright: some folders store truncation and padding (all-MiniLM-L6-v2: 128) that would act in silence.
-        first, second = ([text for text in texts] for texts in zip(*(pair[:2] for pair in pairs), strict=True))
+        first, second, labels = map(list, zip(*pairs, strict=True))
         encoded = tokenizer(first, second if any(second) else None, padding=False, truncation="longest_first", max_length=length,
                             return_token_type_ids=True)
-        self.tokenizer, self.labels = tokenizer, torch.tensor([pair.label for pair in pairs])
+        self.tokenizer, self.labels = tokenizer, torch.tensor(labels)
         self.fields = {**encoded, "labels": self.labels, "rows": range(len(pairs))}
 
     def batch(self, rows: list[int]) -> BatchEncoding:

@@ -84,16 +84,19 @@ def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"question\tsentence\tlabel\n\xff?\tb\tentailment\n", "not UTF-8 .invalid start byte at byte 24"),
+    (b"question\tsentence\tlabel\n\xff?\tb\tentailment\n", "Row #2: .*invalid UTF8"),
     ("index\tquestion\tsentence\n", "no column 'label'"),
     ("index\tquestion\tsentense\tlabel\n", "no column 'sentence'; did you mean 'sentense'"),
     ("index\tquestion\tsentence\tlabel\n", "a header and no rows"),
-    ("question\tsentence\tlabel\na?\tb\tentailment\na?\tb\t\n", "line 3: no label; write entailment or not_entailment"),
-    ("question\tsentence\tlabel\na?\tb\tneutral\n", "line 2: unknown label 'neutral'"),
-    ("question\tsentence\tlabel\na?\tb\n", "line 2: 2 fields between tabs, the header has 3"),
-    ("question\tsentence\tlabel\na?\t \tentailment\n", "line 2: an empty sentence"),
+    ("question\tsentence\tlabel\na?\tb\tentailment\na?\tb\t\n", "row 3: no label; write entailment or not_entailment"),
+    ("question\tsentence\tlabel\na?\tb\tneutral\n", "row 2: unknown label 'neutral'"),
+    ("question\tsentence\tlabel\na?\tb\n", "Row #2: Expected 3 columns, got 2: a.\\tb"),
+    ("question\tsentence\tlabel\na?\t \tentailment\n", "row 2: an empty sentence"),
+    ("question\tsentence\tlabel\na?\tb\tentailment\n\n", "row 3: no label"),
+    ("question\tsentence\tlabel\tlabel\na?\tb\tentailment\tx\n", "label.* exists 2 times"),
+    ("", "Empty CSV file"),
 ])
-def test_a_bad_tsv_names_file_and_line(tmp_path, text, says):
+def test_a_bad_tsv_names_file_and_row(tmp_path, text, says):
     (tmp_path / "train.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"train.tsv.*{says}"):
         data.read(tmp_path / "train.tsv")
@@ -115,12 +118,12 @@ def test_other_tasks_are_read_by_their_columns_and_labels(tmp_path, kind):
         write_table(tmp_path / f"{split}.{kind}")
     train, dev = data.load(str(tmp_path), *TASK)
     assert train == dev == [(text, "", TASK[1].index(label)) for text, label in TABLE]
-    with pytest.raises(ValueError, match="row 2: unknown label 'maybe'; write no or yes or 3"):
+    with pytest.raises(ValueError, match=f"row {2 + (kind == 'csv')}: unknown label 'maybe'; write no or yes or 3"):
         data.read(write_table(tmp_path / f"bad.{kind}", [("a", "no"), ("b", "maybe")]), *TASK)
-    with pytest.raises(ValueError, match="row 2: an empty text"):
+    with pytest.raises(ValueError, match=f"row {2 + (kind == 'csv')}: an empty text"):
         data.read(write_table(tmp_path / f"bad.{kind}", [("a\nb", "no"), (" ", "no")]), *TASK)
     (tmp_path / f"bad.{kind}").write_bytes(b"id,text,kind\n1,a\n" if kind == "csv" else b"no parquet")
-    with pytest.raises(ValueError, match=f"bad.{kind}" + (", row 1: 2 fields" if kind == "csv" else ": .*[Pp]arquet")):
+    with pytest.raises(ValueError, match=f"bad.{kind}: .*" + ("Row #2: Expected 3 columns" if kind == "csv" else "[Pp]arquet")):
         data.read(tmp_path / f"bad.{kind}", *TASK)
 
 
