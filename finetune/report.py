@@ -5,8 +5,8 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import pandas
 import torch
 from tabulate import tabulate
@@ -22,19 +22,19 @@ QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
 @torch.inference_mode()
-def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> dict[str, list[float]]:
-    """Rows a second from host to host (bfloat16 on a GPU), in each of ROUNDS rounds of turns: a busy machine slows all."""
-    numbers, found = range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values()))), {}
-    batches = {name: [rows.batch([*numbers[n:n + size]]) for n in numbers[::size]] for name, (_, rows) in models.items()}
-    for attempt in range(ROUNDS + 1):
+def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataFrame:
+    """Rows a second of each model from host to host (bfloat16 on a GPU), a line a round of turns: a busy machine slows all."""
+    numbers, rounds = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))], []
+    batches = {name: [rows.batch(numbers[n:n + size]) for n in numbers[::size]] for name, (_, rows) in models.items()}
+    for _ in range(1 + ROUNDS):
+        rounds.append({})
         for name, (model, _) in models.items():
             started = time.perf_counter()
             with lowered(model.device, model.device.type == "cuda"):
                 for batch in batches[name]:
                     logits(model, batch.copy().to(model.device)).cpu()
-            if attempt:  # the first round warms up
-                found.setdefault(name, []).append(len(numbers) / (time.perf_counter() - started))
-    return found
+            rounds[-1][name] = len(numbers) / (time.perf_counter() - started)
+    return pandas.DataFrame(rounds[1:])  # the first one warms up
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -45,7 +45,7 @@ def interval(share: float, count: int) -> tuple[float, float]:
 
 
 def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, Tensor]]:
-    """A line a model, without what compares where there is no teacher; each one's probabilities (rows, labels)."""
+    """A line a model, its speed beside the first one's, its answers beside the teacher's; each one's shares (rows, labels)."""
     speed, lines, shares = {size: speeds(models, size) for size in SPEED_ROWS}, {}, {}
     for name, (model, rows) in models.items():
         shares[name] = each_row(partial(logits, model), rows, model.device).softmax(-1)
@@ -53,54 +53,55 @@ def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> t
         accuracy = (said == rows.labels).double().mean().item()
         lines[name] = {"model": name, "parameters": model.num_parameters(), "accuracy": accuracy,
                        "bytes": sum(file.stat().st_size for file in files) or model.get_memory_footprint(),  # the hub's: the same
-                       "interval": interval(accuracy, len(said)), "rows_per_second": {n: median(speed[n][name]) for n in speed}}
+                       "interval": interval(accuracy, len(said)),
+                       "rows_per_second": {size: rounds[name].median() for size, rounds in speed.items()},
+                       "speed_ratio": {size: (rounds[name] / rounds.iloc[:, 0]).median() for size, rounds in speed.items()}}
         if teacher:  # it comes first
-            lines[name] |= {
-                "of_teacher": accuracy / max(lines[teacher]["accuracy"], 1e-9),
-                "agreement": (said == shares[teacher].argmax(-1)).double().mean().item(),
-                "speed_ratio": {n: median(a / b for a, b in zip(speed[n][name], speed[n][teacher], strict=True)) for n in speed}}
+            lines[name] |= {"of_teacher": accuracy / max(lines[teacher]["accuracy"], 1e-9),
+                            "agreement": (said == shares[teacher].argmax(-1)).double().mean().item()}
     return [*lines.values()], shares
 
 
 def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas.DataFrame:
     """Each dev row with its gold label, each model's and how probable it finds that (rows, labels), and who is right."""
-    table = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"})
-    table["gold"] = table.gold.map(labels.__getitem__)
+    table, names = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"}), np.array(labels)
+    table["gold"] = names[table.gold]
     for name, share in shares.items():
-        best = share.max(-1)
-        table[name], table[f"{name}_probability"] = [labels[n] for n in best.indices.tolist()], best.values.numpy().round(4)
+        table[name], table[f"{name}_probability"] = names[share.argmax(-1)], share.amax(-1).numpy().round(4)
     table["right"] = [" and ".join(name for name in shares if row[name] == row["gold"]) or "neither"
                       for row in table.to_dict("records")]
     return table
 
 
 def errors(table: pandas.DataFrame, names: list[str]) -> dict:
-    """`errors`: (group, rows, each model's share of errors) by question word, length, overlap; `worst`: rows to read."""
+    """`errors`: tables of rows and each model's share of errors by question word, length, overlap; `worst`: rows to read."""
     words = [[set(re.findall(r"\w+", text)) for text in column.str.lower()] for column in (table.question, table.sentence)]
     shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
     groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
               "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
               "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
-    wrong = table[table.student != table.gold].nlargest(WORST, "student_probability").reset_index()
-    return {"worst": wrong.to_dict("records"), "errors": {kind: [
-        [str(group), len(part), *(float((part[name] != part.gold).mean()) for name in names)]
-        for group, part in table.groupby(key, observed=True)] for kind, key in groups.items()}}
+    wrong = table[names].ne(table.gold, axis=0).assign(rows=1).groupby
+    counts = {"rows": "size"} | dict.fromkeys(names, "mean")
+    rates = [wrong(key.rename(kind), observed=True).agg(counts).reset_index().astype({kind: str})
+             for kind, key in groups.items()]
+    worst = table[table.student != table.gold].nlargest(WORST, "student_probability").reset_index()
+    return {"worst": worst.to_dict("records"), "errors": [rate.to_dict("records") for rate in rates]}
 
 
-def grid(head: list[str], rows: list[list]) -> str:
-    """A Markdown table that reads well in a terminal."""
-    return tabulate(rows, head, "pipe", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
+def grid(rows: list[dict]) -> str:
+    """A Markdown table that reads well in a terminal; shares are written as such."""
+    cells = [{key: f"{value:.1%}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    return tabulate(cells, "keys", "pipe", disable_numparse=True, colalign=["left"], colglobalalign="right")
 
 
 def text(report: dict) -> str:
     """report.md from what report.json holds; what stands before its second heading is for the terminal."""
-    cells, names = [], [name for name in ("teacher", "student") if name in report["stages"]]
+    models = []
     for f in report["models"]:
-        compared = [f"{f[key]:.1%}" if key in f else "" for key in ("of_teacher", "agreement")]
-        ratios = [f", {ratio:.2f} x" for ratio in f["speed_ratio"].values()] if "speed_ratio" in f else [""] * len(SPEED_ROWS)
-        speed = [f"{rate:.0f}/s{ratio}" for rate, ratio in zip(f["rows_per_second"].values(), ratios, strict=True)]
-        cells.append([f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['bytes'] / 1e6:.1f} MB", f"{f['accuracy']:.1%}",
-                      "{:.1%} to {:.1%}".format(*f["interval"]), *compared, *speed])
+        compared = {"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}
+        speed = {f"batch {size}": f"{rate:.0f}/s, {f['speed_ratio'][size]:.2f} x" for size, rate in f["rows_per_second"].items()}
+        models.append({"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
+                       "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
     made = report["stages"].get("augment", {}).get("figures")
     words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
              "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
@@ -108,10 +109,7 @@ def text(report: dict) -> str:
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
             f"{report['device']}.")
-    rates = [grid([kind, "rows", *names], [[group, f"{count:,}", *(f"{share:.1%}" for share in shares)]
-                                           for group, count, *shares in rows]) for kind, rows in report["errors"].items()]
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
              for row in report["worst"]]
-    head = ["model", "parameters", "size", "accuracy", "95 % interval", "of the teacher's", "agrees with it"]
-    return "\n\n".join(["# QNLI", grid([*head, *(f"batch {size}" for size in SPEED_ROWS)], cells), said, "## Shares of errors",
-                        *rates, f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])
+    return "\n\n".join(["# QNLI", grid(models), said, "## Shares of errors", *map(grid, report["errors"]),
+                        f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])

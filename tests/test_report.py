@@ -92,9 +92,10 @@ def test_rates_count_each_row_once_and_the_worst_rows_are_the_surest_wrong_ones(
     table = report.answers(pairs, shares, LABELS)
     assert [*table.right] == ["teacher and student", "teacher", "teacher", "teacher and student"]
     found = report.errors(table, ["teacher", "student"])
-    assert found["errors"]["question word"] == [["how", 1, 0, 1], ["none", 1, 0, 1], ["when", 1, 0, 0], ["who", 1, 0, 0]]
-    assert found["errors"]["words"] == [["(0.0, 20.0]", 3, 0, pytest.approx(1 / 3)], ["(60.0, inf]", 1, 0, 1]]
-    overlap = found["errors"]["share of the question's words in the sentence"]
+    first, words, overlap = ([[*row.values()] for row in rows] for rows in found["errors"])
+    assert [*found["errors"][0][0]] == ["question word", "rows", "teacher", "student"]
+    assert first == [["how", 1, 0, 1], ["none", 1, 0, 1], ["when", 1, 0, 0], ["who", 1, 0, 0]]
+    assert words == [["(0.0, 20.0]", 3, 0, pytest.approx(1 / 3)], ["(60.0, inf]", 1, 0, 1]]
     assert [count for _, count, *_ in overlap] == [2, 1, 1]  # 0 and 0; 2 of 3; 3 of 3
     assert [row["index"] for row in found["worst"]] == [2, 1] and found["worst"][0]["gold"] == "not_entailment"
 
