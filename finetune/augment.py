@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 import pandas
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from finetune.data import Pair
-from finetune.distill import from_file, logits
-from pretrain.encoder import longest_row
+from finetune.distill import logits
+from pretrain.encoder import longest_row, opened
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
 GLOVE_WORDS = 100_000  # read of a file that has more, the most frequent first: TinyBERT's number
@@ -42,22 +42,22 @@ def whole_words(name: str) -> dict[int, str]:
     """The pieces of a vocabulary that are words of lower-case letters, by ascending id."""
     vocabulary, ids = open_tokenizer(name), auto_tokenizer(name).get_vocab()
     fit = vocabulary.begins_word & vocabulary.may_replace
-    words = [(ids[token], token.lstrip("\u2581\u0120")) for token in sorted(ids, key=ids.get) if fit[ids[token]]]
-    return {number: word for number, word in words if word.isalpha() and word.islower()}
+    words = {ids[token]: token.lstrip("\u2581\u0120") for token in sorted(ids, key=ids.get) if fit[ids[token]]}
+    return {number: word for number, word in words.items() if word.isalpha() and word.islower()}
 
 
 def open_mlm(name: str) -> nn.Module:
     """A masked language model in eval mode, float32: in 16 bit the likeliest words would depend on the batch."""
-    model, info = from_file(AutoModelForMaskedLM, name, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    model, missing = opened(AutoModelForMaskedLM, name, dtype=torch.float32)
+    if missing:
         raise ValueError(f"mlm {name}: its file has no masked-LM head ({missing[0]} is missing), and a random one would say "
                          "random words; give a model that was saved with its head, or leave --mlm out")
     return model.eval()
 
 
 @torch.inference_mode()
-def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple[str, int], list[str]]:
-    """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece, by (text, start).
+def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple, list[str]]:
+    """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece.
 
     It reads the text with that word masked, then the text as it is (so the reference); a word behind its length has no answer."""
     tokenizer, words, answers = auto_tokenizer(name), whole_words(name), {}
@@ -72,50 +72,49 @@ def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple
             lambda _, __, out: BaseModelOutput(out.last_hidden_state[rows, at][:, None]))  # noqa: B023
         best = allowed[logits(model, batch)[:, 0, allowed].topk(min(k, len(words))).indices].sort().values
         hook.remove()
-        answers |= {some[n][:2]: [words[number] for number in row] for n, row in zip(rows.tolist(), best.tolist(), strict=True)}
+        answers |= {some[n]: [words[number] for number in row] for n, row in zip(rows.tolist(), best.tolist(), strict=True)}
     return answers
 
 
-def read_glove(path: str) -> dict[str, Tensor]:
-    """The vector (width,) float32 of each word of a text file whose lines are a word and its numbers."""
+def read_glove(path: str) -> pandas.DataFrame:
+    """The vector of each word, a line a word, of a text file whose lines are a word and its numbers."""
     try:
         table = pandas.read_csv(path, sep=" ", header=None, index_col=0, quoting=csv.QUOTE_NONE, nrows=GLOVE_WORDS,
                                 dtype={0: str}, keep_default_na=False, skip_blank_lines=False)
-        vectors = table.apply(pandas.to_numeric, errors="coerce").to_numpy(np.float32)
     except (OSError, ValueError) as error:
         raise ValueError(f"glove {path}: {error}; each line must be a word and its numbers") from None
-    if not vectors.size or not np.isfinite(vectors).all():
-        line = 1 + int(np.isfinite(vectors).all(1).argmin())
+    table = table.apply(pandas.to_numeric, errors="coerce")
+    if table.empty or not (good := np.isfinite(table).all(axis=1)).all():
+        line = 1 if table.empty else 1 + good.argmin()
         raise ValueError(f"glove {path}, line {line}: each line must be a word and as many numbers as the first line has")
-    return dict(zip(table.index, torch.tensor(vectors), strict=True))
+    return table[~table.index.duplicated()]
 
 
-def near(known: dict[str, Tensor], choice: dict[str, Tensor], k: int) -> dict[str, list[str]]:
-    """The k words of `choice` nearest to each known one by the cosine of vectors (width,), without the word itself."""
-    wanted, words, answers, table_VD = list(known), list(choice), {}, normalize(torch.stack(list(choice.values())))
-    for some in (wanted[n:n + POOL] for n in range(0, len(wanted), POOL)):
-        best = (normalize(torch.stack([known[word] for word in some])) @ table_VD.T).topk(min(k + 1, len(words))).indices
-        answers |= {word: [words[n] for n in row if words[n] != word][:k] for word, row in zip(some, best.tolist(), strict=True)}
-    return answers
+def near(known: pandas.DataFrame, choice: pandas.DataFrame, k: int) -> dict[str, list[str]]:
+    """The k words of `choice` nearest to each known one by the cosine of their vectors, without the word itself."""
+    known_VD, choice_VD = (normalize(torch.tensor(table.to_numpy(np.float32))) for table in (known, choice))
+    best = [(some @ choice_VD.T).topk(min(k + 1, len(choice))).indices for some in known_VD.split(POOL)]
+    return {word: [other for other in choice.index[row] if other != word][:k]
+            for word, row in zip(known.index, torch.cat(best).tolist(), strict=True)}
 
 
-def new_rows(pairs: list[Pair], options: list[tuple], settings, seed: int) -> Iterator[tuple[int, Pair]]:
+def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], settings, seed: int) -> Iterator[tuple[int, Pair]]:
     """(number of the origin, row with its origin's label), each once and none of the given ones.
 
-    A text's draws are its own, from (seed, row, text): they depend on no batch.  Options: (start, end, words) by row, text."""
+    A text's draws are its own, from (seed, row, text): they depend on no batch.  `found`: each row's places; options: theirs."""
     seen = {pair[:2] for pair in pairs}
-    for row, (pair, sides) in enumerate(zip(pairs, options, strict=True)):
-        for side, (text, words) in enumerate(zip(pair[:2], sides, strict=True)):
+    for row, (pair, sides) in enumerate(zip(pairs, found, strict=True)):
+        for side, (text, places) in enumerate(zip(pair[:2], sides, strict=True)):
+            words = [(start, end, options[place]) for place in places if place in options for _, start, end, _ in [place]]
             for draws in np.random.Generator(np.random.PCG64([seed, row, side])).random((settings.augment, len(words), 2)):
-                parts, done = [], 0
-                for (start, end, choice), (hit, pick) in zip(words, draws, strict=True):
+                changed = text
+                for (start, end, choice), (hit, pick) in reversed([*zip(words, draws, strict=True)]):  # so that starts stay true
                     if hit < settings.augment_p:
-                        parts, done = [*parts, text[done:start], choice[int(pick * len(choice))]], end
-                changed = "".join([*parts, text[done:]])
-                texts = (pair.question, changed) if side else (changed, pair.sentence)
-                if texts not in seen:
-                    seen.add(texts)
-                    yield row, Pair(*texts, pair.label)
+                        changed = changed[:start] + choice[int(pick * len(choice))] + changed[end:]
+                new = pair._replace(**{Pair._fields[side]: changed})
+                if new[:2] not in seen:
+                    seen.add(new[:2])
+                    yield row, new
 
 
 def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: int, mlm: str | None, glove: str | None) -> tuple:
@@ -123,21 +122,20 @@ def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: 
     tokenizer, k = auto_tokenizer(name), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
     asked = {place for sides in found for words in sides for place in words}
-    answers = likely(open_mlm(mlm).to(teacher.device), mlm, asked, k) if mlm else {}
-    rest = sorted(word for text, start, _, word in asked if (text, start) not in answers)
+    by_mlm = likely(open_mlm(mlm).to(teacher.device), mlm, asked, k) if mlm else {}
+    rest = sorted({word for *_, word in asked - by_mlm.keys()})
     if glove:
         table = read_glove(glove)
-        known = {word: table[word] for word in rest if word in table}
-        choice = {word: vector for word, vector in table.items() if word.isalpha() and word.islower()}
+        known, choice = table[table.index.isin(rest)], table[[word.isalpha() and word.islower() for word in table.index]]
     else:  # a word of several pieces is their mean
-        table_VD = teacher.get_input_embeddings().weight.detach().float().cpu()
-        known = {word: table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in dict.fromkeys(rest)}
-        choice = {word: table_VD[number] for number, word in whole_words(name).items()}
+        table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(name)
+        means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]
+        choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
+        known = pandas.DataFrame(means, rest, choice.columns)
     close = near(known, choice, k)
-    options = [[[(start, end, choice) for text, start, end, word in words
-                 if (choice := answers.get((text, start)) or close.get(word))] for words in sides] for sides in found]
-    if not (rows := list(new_rows(pairs, options, settings, seed))):
+    by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
+    if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
     return *map(list, zip(*rows, strict=True)), {
-        "mlm": mlm or "no masked LM", "words_by_mlm": len(answers), "neighbours": glove or "the teacher's input embeddings",
-        "words_by_neighbours": sum(word in close for word in rest)}
+        "mlm": mlm or "no masked LM", "words_by_mlm": len(by_mlm), "neighbours": glove or "the teacher's input embeddings",
+        "words_by_neighbours": len(by_neighbours)}

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, longest_row, model_config
+from pretrain.encoder import ATTENTION, longest_row, model_config, opened
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
@@ -28,11 +27,10 @@ BATCH = 128  # rows of an evaluation's batch; changes no figure
 
 def output_names(config, labels: tuple = LABELS) -> list[str] | None:
     """Which of these labels each output of a classifier stands for, [] where outputs have no names; None for another model."""
-    classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     names, known = ([re.sub(r"[\W_]+", "_", name.lower()) for name in given] for given in (
         [config.id2label[n] for n in sorted(config.id2label)], labels))
     unnamed = names == [f"label_{n}" for n in range(len(labels))]  # what transformers writes where nobody gave names
-    if not classifier or not unnamed and sorted(names) != sorted(known):
+    if "ForSequenceClassification" not in " ".join(config.architectures or ()) or not unnamed and sorted(names) != sorted(known):
         return None
     return [] if unnamed else [labels[known.index(name)] for name in names]
 
@@ -43,27 +41,15 @@ def reorder(model: nn.Module, order: list[int]) -> None:
     head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
 
 
-def from_file(kind, name: str | Path, **more):
-    """`kind.from_pretrained`; what it lets through is a ValueError of one line."""
-    try:
-        return kind.from_pretrained(name, **more)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason, what = str(error).partition("\n")[0], "masked LM" if "Masked" in kind.__name__ else "classifier"
-        raise ValueError(f"model {str(name)!r}: does not open as a {what} ({reason})") from error
-
-
-def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
-                    labels: tuple = LABELS) -> nn.Module:
+def open_classifier(name: str | Path, seed: int, device: torch.device, labels: tuple = LABELS) -> nn.Module:
     """A classifier in eval mode, its outputs in the labels' order (unnamed: as they are); what is missing is drawn."""
-    config = copy.deepcopy(model_config(str(name)))
-    names = output_names(config, labels)
-    config.id2label, config.label2id = dict(enumerate(labels)), {label: n for n, label in enumerate(labels)}
-    config.problem_type = "single_label_classification"
+    names = output_names(model_config(str(name)), labels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = from_file(  # a head of another task's size is replaced; every other tensor's size follows from the config
-            AutoModelForSequenceClassification, name, config=config, dtype=dtype, attn_implementation=ATTENTION,
-            ignore_mismatched_sizes=names is None)
+        torch.manual_seed(seed)  # a head of another task's size is drawn too; every other tensor's size follows from the config
+        model, _ = opened(
+            AutoModelForSequenceClassification, str(name), dtype=torch.float32, attn_implementation=ATTENTION,
+            id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
+            problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
     if names:
         reorder(model, [names.index(label) for label in labels])
     return model.to(device).eval()
@@ -76,8 +62,8 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
         torch.manual_seed(seed)
         student = Student(model, teacher_width).to(model.device).eval()
     if student.projection is not None and path.is_file():
-        found, wanted = load_file(path), student.projection.state_dict()
-        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:
+        found = load_file(path)
+        if found["weight"].shape == student.projection.weight.shape:
             student.projection.load_state_dict(found)
             print("  projection to the teacher's width: from general distillation")
     return student
@@ -102,14 +88,9 @@ def logits(model: nn.Module, batch: BatchEncoding) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).logits.float()
 
 
-def half() -> torch.dtype:
-    """Of autocast and of a teacher's weights: bfloat16 where the hardware multiplies it."""
-    return torch.bfloat16 if fastest_dtype() == "bf16" else torch.float32
-
-
 def lowered(device: torch.device, wanted: bool = True):
-    """Autocast to `half`; no change where that is float32, or it is not wanted."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and half() != torch.float32)
+    """Autocast to bfloat16; no change where the hardware does not multiply it, or it is not wanted."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and fastest_dtype() == "bf16")
 
 
 @torch.inference_mode()

@@ -133,6 +133,15 @@ def check_tokenizer(name: str, config, manifest):
     return tokenizer
 
 
+def opened(kind, name: str, **more) -> tuple[nn.Module, list[str]]:
+    """`kind.from_pretrained`: the model, and the tensors that its file lacks.  ValueError in one line where it does not open."""
+    try:  # from .safetensors, or from .bin through torch's weights_only loading
+        model, found = kind.from_pretrained(name, output_loading_info=True, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"model {name!r}: its weights do not open ({' '.join(str(error).split())[:200]})") from error
+    return model, sorted(found["missing_keys"])
+
+
 def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A pre-trained encoder in eval mode, without gradients."""
     config = copy.deepcopy(model_config(name))  # the attention's name is kept on the config: never share one
@@ -140,12 +149,8 @@ def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         raise ValueError(f"teacher {name!r}: is a {config.model_type} model; its attention cannot be traced here (there are "
                          f"{', '.join(TEACHERS)})")
     pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
-    try:  # from .safetensors, or from .bin through torch's weights_only loading
-        model, found = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
-                                                 attn_implementation=ATTENTION, **pooler)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"teacher {name!r}: its weights do not open ({_first_line(error)})") from error
-    if missing := sorted(found["missing_keys"]):
+    model, missing = opened(AutoModel, name, config=config, dtype=dtype, attn_implementation=ATTENTION, **pooler)
+    if missing:
         raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for, such as "
                          f"{missing[0]}; take the config and the weights of one model")
     model.eval().requires_grad_(False).to(device)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas
 import pytest
 import torch
 from conftest import vocabulary
@@ -47,9 +48,9 @@ def places_of(texts):
 
 def new_rows(pairs, words, seed=0, special=(), **settings):
     """The rows that come out where every word that may change has the same options."""
-    options = [[[(start, end, words) for _, start, end, _ in side] for side in augment.places(pair, [*special])]
-               for pair in pairs]
-    return list(augment.new_rows(pairs, options, Settings(**settings), seed))
+    found = [augment.places(pair, [*special]) for pair in pairs]
+    options = {place: words for sides in found for side in sides for place in side}
+    return list(augment.new_rows(pairs, found, options, Settings(**settings), seed))
 
 
 # what is left alone
@@ -91,14 +92,13 @@ def test_likely_words_are_those_of_the_whole_model_and_the_same_in_any_batch(pla
     texts = places_of(text for pair in pairs for text in pair[:2])
     model, tokenizer, words = augment.open_mlm(name), AutoTokenizer.from_pretrained(name), augment.whole_words(name)
     found = augment.likely(model, name, texts, 4)
-    for (text, start), answer in found.items():
-        end = next(place[2] for place in texts if place[:2] == (text, start))
+    for (text, start, end, _), answer in found.items():
         inputs = tokenizer(f"{text[:start]}[MASK]{text[end:]}", text, return_tensors="pt")
         with torch.no_grad():
             logits = model(**inputs).logits[0, (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]]
         best = sorted(words, key=lambda number: -logits[number])[:4]
         assert answer == [words[number] for number in sorted(best)]
-    single = {(text, start) for text, start, _, word in texts if len(tokenizer.tokenize(word)) == 1}
+    single = {place for place in texts if len(tokenizer.tokenize(place[3])) == 1}
     assert found.keys() == single and len(single) > 20
     for batch in (1, 7):
         monkeypatch.setattr(augment, "BATCH", batch)
@@ -124,7 +124,7 @@ def test_a_long_text_is_cut_and_never_longer_than_the_model(place):
     model.bert.embeddings.word_embeddings.register_forward_pre_hook(lambda _, given: longest.append(given[0]))
     found = augment.likely(model, name, places_of([text]), 3)
     ids, mask = longest[0], AutoTokenizer.from_pretrained(name).mask_token_id
-    assert found.keys() == {(text, 3)} and ids.shape == (2, 64)
+    assert [place[:2] for place in found] == [(text, 3)] and ids.shape == (2, 64)
     assert (ids == mask).sum() == 1
 
 
@@ -140,13 +140,15 @@ def test_a_masked_lm_without_its_head_is_refused_before_anything_is_made(place, 
 def test_near_words_are_those_of_direct_cosines(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     choice = {f"w{n}": torch.randn(6, generator=draw) for n in range(30)}
-    known = {"w3": choice["w3"], "other": torch.randn(6, generator=draw)}
-    found = augment.near(known, choice, 5)
-    for word, vector in known.items():
+    vectors = {"w3": choice["w3"], "other": torch.randn(6, generator=draw)}
+    table, known = (pandas.DataFrame(torch.stack([*some.values()]).numpy(), [*some]) for some in (choice, vectors))
+    found = augment.near(known, table, 5)
+    for word, vector in vectors.items():
         cosines = {w: torch.cosine_similarity(vector.double(), v.double(), 0).item() for w, v in choice.items() if w != word}
         assert found[word] == sorted(cosines, key=lambda w: -cosines[w])[:5]
+    assert augment.near(known[:0], table, 5) == {}
     monkeypatch.setattr(augment, "POOL", 1)
-    assert augment.near(known, choice, 5) == found
+    assert augment.near(known, table, 5) == found
 
 
 def test_words_come_from_the_teacher_the_file_or_the_model(place, teacher):
@@ -164,7 +166,7 @@ def test_words_come_from_the_teacher_the_file_or_the_model(place, teacher):
     assert new_words(rows) and new_words(rows) <= vocabulary_words
     _, rows, figures = made(place, teacher, glove="glove.txt")
     assert figures["neighbours"].endswith("glove.txt") and "ba1" not in new_words(rows)
-    assert new_words(rows) <= {*augment.read_glove(str(place / "glove.txt"))}
+    assert new_words(rows) <= {*augment.read_glove(str(place / "glove.txt")).index}
     _, _, figures = made(place, teacher, mlm="mlm")
     assert figures["words_by_mlm"] > 0 < figures["words_by_neighbours"]
 
@@ -187,7 +189,7 @@ def test_a_bad_glove_file_is_named_with_its_line(tmp_path, text, says):
 def test_a_glove_file_is_read_as_it_stands(tmp_path):
     (tmp_path / "glove.txt").write_text('the 1 -2\n" 0.5 3e-1\nnan 1 1\nnull 2 2\n')
     read = augment.read_glove(str(tmp_path / "glove.txt"))
-    assert {word: vector.tolist() for word, vector in read.items()} == {
+    assert {word: [*vector] for word, vector in read.iterrows()} == {
         "the": [1, -2], '"': [0.5, pytest.approx(0.3)], "nan": [1, 1], "null": [2, 2]}
 
 

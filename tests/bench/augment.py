@@ -37,7 +37,7 @@ def one_at_a_time(model, name: str, asked: list[tuple]) -> dict:
         batch = tokenizer(masked, text, return_tensors="pt").to(model.device)
         at = (batch.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]
         best = model(**batch).logits[0, at][allowed].topk(K).indices
-        answers[text, start] = [words[number] for number in allowed[best].sort().values.tolist()]
+        answers[text, start, end, word] = [words[number] for number in allowed[best].sort().values.tolist()]
     return answers
 
 
