@@ -9,11 +9,11 @@ import pyarrow
 import torch
 from pyarrow import csv, parquet
 from transformers import BatchEncoding
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pretrain.recipe import did_you_mean
 
 LABELS = ("entailment", "not_entailment")  # GLUE's order; a model's output n stands for LABELS[n]
-POOL = 50  # batches; rows are sorted by length within so many, so an epoch's order stays random
 
 
 class Pair(NamedTuple):
@@ -42,20 +42,19 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
         if missing := [column for column in columns if column not in table.column_names]:
             raise ValueError(f"no column {missing[0]!r}{did_you_mean(missing[0], table.column_names)} (its header has "
                              f"{', '.join(table.column_names)})")
-        fields = [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
+        if not table.num_rows:
+            raise ValueError("a header and no rows")
+        pairs, fields = [], [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
+        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
+            if label not in labels:
+                wrong = f"unknown label {label!r}" if label else "no label"
+                raise ValueError(f"row {number}: {wrong}; write {' or '.join(labels)}")
+            if empty := [column for column, text in zip(columns, texts, strict=False) if not text.strip()]:
+                raise ValueError(f"row {number}: an empty {empty[0]}")
+            pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
+        return pairs
     except (ValueError, KeyError, NotImplementedError) as error:  # KeyError: a name that stands twice; the last: lists, say
         raise ValueError(f"{path}: {error}") from None
-    if not table.num_rows:
-        raise ValueError(f"{path}: a header and no rows")
-    pairs = []
-    for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
-        if label not in labels:
-            wrong = f"unknown label {label!r}" if label else "no label"
-            raise ValueError(f"{path}, row {number}: {wrong}; write {' or '.join(labels)}")
-        if empty := [column for column, text in zip(columns, texts, strict=False) if not text.strip()]:
-            raise ValueError(f"{path}, row {number}: an empty {empty[0]}")
-        pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
-    return pairs
 
 
 def tsv(rows: Iterable[Iterable]) -> bytes:
@@ -100,8 +99,6 @@ class Rows:
 
     def batches(self, size: int, order: torch.Generator) -> Iterator[BatchEncoding]:
         """Every row once in an order drawn from the generator, rows of like length together."""
-        drawn = torch.randperm(len(self.labels), generator=order).tolist()
-        pools = [sorted(drawn[n:n + POOL * size], key=lambda row: len(self.fields["input_ids"][row]))
-                 for n in range(0, len(drawn), POOL * size)]
-        cuts = [rows[n:n + size] for rows in pools for n in range(0, len(rows), size)]
+        drawn = get_length_grouped_indices([len(ids) for ids in self.fields["input_ids"]], size, generator=order)
+        cuts = [drawn[n:n + size] for n in range(0, len(drawn), size)]
         return (self.batch(cuts[n]) for n in torch.randperm(len(cuts), generator=order).tolist())

@@ -175,7 +175,7 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["min_teacher=1"], "is below min_teacher=1.0: a student would learn its mistakes"),
     (["--columns", "label"], "columns label, labels entailment,not_entailment: write one or two texts' columns and"),
     (["--columns", "question,text,label"], "train.tsv: no column 'text' (its header has index, question, sentence, label)"),
-    (["--labels", "yes,no"], "train.tsv, row 2: unknown label"),
+    (["--labels", "yes,no"], "train.tsv: row 2: unknown label"),
     (["--out", "{place}/rows/dev.tsv"], "is a file; give a folder"),
 ])
 def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, arguments, says):
