@@ -100,8 +100,9 @@ def text(report: dict) -> str:
     for f in report["models"]:
         compared = {"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}
         speed = {f"batch {size}": f"{rate:.0f}/s, {f['speed_ratio'][size]:.2f} x" for size, rate in f["rows_per_second"].items()}
-        models.append({"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
-                       "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
+        models.append({
+            "model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
+            "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
     made = report["stages"].get("augment", {}).get("figures")
     words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
              "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import augment, data, distill, report
-from finetune.distill import each_row, half
+from finetune.distill import each_row
 from finetune.qnli import METHODS
+from pretrain.checkpoint import differences
 from pretrain.encoder import check_trace, longest_row, model_config
 from pretrain.objective import TERMS, layer_map
 from pretrain.recipe import did_you_mean
@@ -25,26 +26,23 @@ from shards.block import write, write_json
 from shards.tokenizer import auto_tokenizer, plain
 
 
-def sums(name: str | Path) -> dict[str, str] | str:
-    """What tells two models apart: the sha256 of each file of a folder but its record; a hub name stands for itself."""
+def sums(name: str | Path) -> str:
+    """What tells two models apart: a sha256 over all files of a folder but its record; a hub name stands for itself."""
     files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name != "stage.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} or str(name)
+    found = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if files else str(name)
 
 
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
-    """What stage.json in a folder says: inputs, figures, sha256 of each file.
+    """What stage.json in a folder says: inputs, figures, sum of the files.
 
     Where that is not there, not whole or of other inputs, `make(part)` fills a folder and gives its figures; None: ValueError."""
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
     if found and found["files"] == sums(folder):
-        old = found["inputs"]
-        if old == inputs:
+        if not (why := differences(found["inputs"], inputs)):
             print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
             return found
-        changes = {key: (old.get(key), inputs.get(key)) for key in sorted(old | inputs) if old.get(key) != inputs.get(key)}
-        why = ", ".join("{} was {}, is {}".format(key, *both) if len(str(both)) < 60 else f"another {key}"
-                        for key, both in changes.items())
     if not make:
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
@@ -56,7 +54,7 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     except BaseException:
         shutil.rmtree(part)
         raise
-    (part / "stage.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(part / "stage.json", record)
     if folder.exists():  # nothing is deleted
         free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
         print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
@@ -94,7 +92,7 @@ class Run:
         train, self.dev = data.load(given.data, self.columns, self.labels)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.train = [train[n] for n in order[:settings.rows]]
-        self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()
+        self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()[:16]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
@@ -141,7 +139,7 @@ class Run:
 
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
-        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, half(), self.labels).requires_grad_(False)
+        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, self.labels).requires_grad_(False)
         return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
