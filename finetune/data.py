@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
-    """The rows of a .csv, a .parquet, or a file in GLUE's layout (fields between tabs, quotes having no meaning).
+    """The rows of a .csv, a .parquet or, in GLUE's layout (tabs, quotes having no meaning), any other file.
 
     `columns` are the names of one or two texts and of the label.  ValueError names file and row; a header is row 1."""
     if not path.is_file():

@@ -46,8 +46,8 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, labels: t
     names = output_names(model_config(str(name)), labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a head of another task's size is drawn too; every other tensor's size follows from the config
-        model, _ = opened(
-            AutoModelForSequenceClassification, str(name), dtype=torch.float32, attn_implementation=ATTENTION,
+        model = opened(
+            AutoModelForSequenceClassification, str(name), may_lack=True, dtype=torch.float32, attn_implementation=ATTENTION,
             id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
             problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
     if names:

@@ -34,15 +34,12 @@ def sums(name: str | Path) -> str:
 
 
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
-    """What stage.json in a folder says: inputs, figures, sum of the files.
-
-    Where that is not there, not whole or of other inputs, `make(part)` fills a folder and gives its figures; None: ValueError."""
+    """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError."""
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
-    if found and found["files"] == sums(folder):
-        if not (why := differences(found["inputs"], inputs)):
-            print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
-            return found
+    if found and found["files"] == sums(folder) and not (why := differences(found["inputs"], inputs)):
+        print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
+        return found
     if not make:
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
@@ -144,17 +141,16 @@ class Run:
 
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
-        teacher, name, train, given = self.teacher().encoder, str(self.out / "teacher"), self.train, self.given
-        origins, new, figures = augment.augmented(train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
-        rows = data.Rows(auto_tokenizer(name), [*train, *new], self.settings.length)
+        teacher, name, given, count = self.teacher().encoder, str(self.out / "teacher"), self.given, len(self.train)
+        origins, new, figures = augment.augmented(self.train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
+        rows = data.Rows(auto_tokenizer(name), [*self.train, *new], self.settings.length)
         said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
-        old, labels = said[:len(train)], said[len(train):]
-        pairs = [pair._replace(label=label) for pair, label in zip(new, labels.tolist(), strict=True)]
-        numbered = zip([*range(len(train)), *origins], [*train, *pairs], strict=True)
-        lines = [(number, *pair[:len(self.columns) - 1], self.labels[pair.label]) for number, pair in numbered]
+        labels = [self.labels[n] for n in (*rows.labels[:count].tolist(), *said[count:].tolist())]
+        texts = [pair[:len(self.columns) - 1] for pair in (*self.train, *new)]
+        lines = [(number, *pair, label) for number, pair, label in zip((*range(count), *origins), texts, labels, strict=True)]
         write(part / "train.tsv", data.tsv([("index", *self.columns), *lines]))
-        return figures | {"rows": len(new), "other_label": (labels != old[origins]).double().mean().item(),
-                          "teacher_not_gold": (old != rows.labels[:len(train)]).double().mean().item()}
+        return figures | {"rows": len(new), "other_label": (said[count:] != said[origins]).double().mean().item(),
+                          "teacher_not_gold": (said != rows.labels)[:count].double().mean().item()}
 
     def fit(self, stage: str, part: Path) -> dict:
         """A trained classifier, or a teacher that is one already: the epoch best on dev rows, of layers the last."""
