@@ -101,7 +101,7 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
     seen = {pair[:2] for pair in pairs}
     for row, (pair, sides) in enumerate(zip(pairs, found, strict=True)):
         for side, (text, places) in enumerate(zip(pair[:2], sides, strict=True)):
-            words = [(start, end, options[place]) for place in places if place in options for _, start, end, _ in [place]]
+            words = [(*place[1:3], options[place]) for place in places if place in options]
             for draws in np.random.Generator(np.random.PCG64([seed, row, side])).random((settings.augment, len(words), 2)):
                 changed = text
                 for (start, end, choice), (hit, pick) in reversed([*zip(words, draws, strict=True)]):  # so that starts stay true
@@ -127,7 +127,7 @@ def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: 
         table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(name)
         means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]
         choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
-        known = pandas.DataFrame(means, rest, choice.columns)
+        known = pandas.DataFrame(np.reshape(means, (len(rest), table_VD.shape[1])), rest)
     close = near(known, choice, k)
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
