@@ -1,77 +1,84 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow
 import torch
+from pyarrow import csv, parquet
 from transformers import BatchEncoding
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from pretrain.recipe import did_you_mean
 
 LABELS = ("entailment", "not_entailment")  # GLUE's order; a model's output n stands for LABELS[n]
-POOL = 50  # batches; rows are sorted by length within so many, so an epoch's order stays random
 
 
 class Pair(NamedTuple):
-    """A row of QNLI; label 0 is entailment: the sentence answers the question."""
+    """A row of QNLI (label 0 is entailment: the sentence answers the question) or of another task: one text or two."""
 
     question: str
     sentence: str
     label: int
 
 
-def read_tsv(path: Path) -> list[Pair]:
-    """GLUE's layout: a header, then fields between tabs, quotes having no meaning.  ValueError names file and line."""
+def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
+    """The rows of a .csv, a .parquet or, in GLUE's layout (tabs, quotes having no meaning), any other file.
+
+    `columns` are the names of one or two texts and of the label.  ValueError names file and row; a header is row 1."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
+    header = path.suffix != ".parquet"
     try:
-        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    header, *rows = [line.rstrip("\r").split("\t") for line in lines]
-    for column in Pair._fields:
-        if column not in header:
-            raise ValueError(f"{path}: no column {column!r}{did_you_mean(column, header)} (its header has {', '.join(header)})")
-    if not rows:
-        raise ValueError(f"{path}: a header and no rows")
-    pairs = []
-    for number, fields in enumerate(rows, start=2):
-        where = f"{path}, line {number}"
-        if len(fields) != len(header):
-            raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
-        question, sentence, label = (fields[header.index(column)] for column in Pair._fields)
-        if label not in LABELS:
-            wrong = f"unknown label {label!r}" if label else "no label"
-            raise ValueError(f"{where}: {wrong}; write {' or '.join(LABELS)}")
-        if not question.strip() or not sentence.strip():
-            raise ValueError(f"{where}: an empty {'sentence' if question.strip() else 'question'}")
-        pairs.append(Pair(question, sentence, LABELS.index(label)))
-    return pairs
+        if header:
+            layout = (csv.ParseOptions(newlines_in_values=True) if path.suffix == ".csv" else
+                      csv.ParseOptions(delimiter="\t", quote_char=False, ignore_empty_lines=False))
+            at_once = csv.ReadOptions(use_threads=False, block_size=1 + path.stat().st_size)  # so that errors name the row
+            table = csv.read_csv(path, at_once, layout, csv.ConvertOptions(column_types=dict.fromkeys(columns, pyarrow.string())))
+        else:
+            table = parquet.read_table(path)
+        if missing := [column for column in columns if column not in table.column_names]:
+            raise ValueError(f"no column {missing[0]!r}{did_you_mean(missing[0], table.column_names)} (its header has "
+                             f"{', '.join(table.column_names)})")
+        if not table.num_rows:
+            raise ValueError("a header and no rows")
+        pairs, fields = [], [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
+        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
+            if label not in labels:
+                wrong = f"unknown label {label!r}" if label else "no label"
+                raise ValueError(f"row {number}: {wrong}; write {' or '.join(labels)}")
+            if empty := [column for column, text in zip(columns, texts, strict=False) if not text.strip()]:
+                raise ValueError(f"row {number}: an empty {empty[0]}")
+            pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
+        return pairs
+    except (ValueError, KeyError, NotImplementedError) as error:  # KeyError: a name that stands twice; the last: lists, say
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _glue() -> tuple[list[Pair], list[Pair]]:
+def tsv(rows: Iterable[Iterable]) -> bytes:
+    """A header and rows in GLUE's layout; a text's tabs and line ends become spaces."""
+    return "".join("\t".join(re.sub(r"[\t\r\n]", " ", str(field)) for field in row) + "\n" for row in rows).encode()
+
+
+def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS) -> tuple[list[Pair], list[Pair]]:
+    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv (or .csv, or .parquet)."""
+    if (folder := Path(source).expanduser()).is_dir():
+        kind = next((kind for kind in (".csv", ".parquet") if (folder / f"train{kind}").is_file()), ".tsv")
+        return tuple(read(folder / f"{split}{kind}", columns, labels) for split in ("train", "dev"))
+    if source != "glue":
+        raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
     try:
         import datasets  # here: it takes a second, and only this source needs it
 
         splits = datasets.load_dataset("nyu-mll/glue", "qnli")
     except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:120]
-        raise ValueError(f"data glue: the hub did not give nyu-mll/glue ({reason}). With no network give --data "
-                         "FOLDER with GLUE's train.tsv and dev.tsv") from error
+        why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"
+        raise ValueError(f"data glue: {why}. With no network give --data FOLDER with GLUE's train.tsv and dev.tsv") from error
     names = splits["train"].features["label"].names  # by name: another copy of GLUE may number them otherwise
-    return tuple([Pair(row["question"], row["sentence"], LABELS.index(names[row["label"]])) for row in splits[split]]
+    return tuple([Pair(row["question"], row["sentence"], labels.index(names[row["label"]])) for row in splits[split]]
                  for split in ("train", "validation"))
-
-
-def load(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv."""
-    folder = Path(source).expanduser()
-    if source == "glue" and not folder.is_dir():
-        return _glue()
-    if not folder.is_dir():
-        raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
-    return read_tsv(folder / "train.tsv"), read_tsv(folder / "dev.tsv")
 
 
 class Rows:
@@ -79,9 +86,10 @@ class Rows:
 
     def __init__(self, tokenizer, pairs: list[Pair], length: int):
         # All said outright: some folders store truncation and padding (all-MiniLM-L6-v2: 128) that would act in silence.
-        encoded = tokenizer([pair.question for pair in pairs], [pair.sentence for pair in pairs], padding=False,
-                            truncation="longest_first", max_length=length, return_token_type_ids=True)
-        self.tokenizer, self.labels = tokenizer, torch.tensor([pair.label for pair in pairs])
+        first, second, labels = map(list, zip(*pairs, strict=True))
+        encoded = tokenizer(first, second if any(second) else None, padding=False, truncation="longest_first", max_length=length,
+                            return_token_type_ids=True)
+        self.tokenizer, self.labels = tokenizer, torch.tensor(labels)
         self.fields = {**encoded, "labels": self.labels, "rows": range(len(pairs))}
 
     def batch(self, rows: list[int]) -> BatchEncoding:
@@ -91,8 +99,6 @@ class Rows:
 
     def batches(self, size: int, order: torch.Generator) -> Iterator[BatchEncoding]:
         """Every row once in an order drawn from the generator, rows of like length together."""
-        drawn = torch.randperm(len(self.labels), generator=order).tolist()
-        pools = [sorted(drawn[n:n + POOL * size], key=lambda row: len(self.fields["input_ids"][row]))
-                 for n in range(0, len(drawn), POOL * size)]
-        cuts = [rows[n:n + size] for rows in pools for n in range(0, len(rows), size)]
+        drawn = get_length_grouped_indices([len(ids) for ids in self.fields["input_ids"]], size, generator=order)
+        cuts = [drawn[n:n + size] for n in range(0, len(drawn), size)]
         return (self.batch(cuts[n]) for n in torch.randperm(len(cuts), generator=order).tolist())

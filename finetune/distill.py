@@ -1,4 +1,4 @@
-"""Classifiers with our labels in our order, and the losses and the loop that train teacher, layers and predictions.
+"""Classifiers with our labels in our order, and the loss and the loop that train teacher, layers and predictions.
 
 Letters: B rows, C labels.  A batch is what finetune.data.Rows.batch gives; a loss is one number a row (B,)."""
 
@@ -10,28 +10,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, longest_row, model_config, trace
-from pretrain.objective import distil, weighted
+from pretrain.encoder import ATTENTION, longest_row, model_config, opened
+from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
-from shards.tokenizer import auto_tokenizer, fingerprint, plain
+from shards.tokenizer import auto_tokenizer, fingerprint
 
-UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
 BATCH = 128  # rows of an evaluation's batch; changes no figure
 
 
-def output_names(config) -> list[str] | None:
-    """What the outputs of a QNLI classifier are called, `not_entailment` or `label_1`; None for any other model."""
-    classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
-    names = [re.sub(r"[\W_]+", "_", config.id2label[n].lower()) for n in sorted(config.id2label)]
-    return names if classifier and sorted(names) in (sorted(LABELS), UNNAMED) else None
+def output_names(config, labels: tuple = LABELS) -> list[str] | None:
+    """Which of these labels each output of a classifier stands for, [] where outputs have no names; None for another model."""
+    names, known = ([re.sub(r"[\W_]+", "_", name.lower()) for name in given] for given in (
+        [config.id2label[n] for n in sorted(config.id2label)], labels))
+    unnamed = names == [f"label_{n}" for n in range(len(labels))]  # what transformers writes where nobody gave names
+    if "ForSequenceClassification" not in " ".join(config.architectures or ()) or not unnamed and sorted(names) != sorted(known):
+        return None
+    return [] if unnamed else [labels[known.index(name)] for name in names]
 
 
 def reorder(model: nn.Module, order: list[int]) -> None:
@@ -40,37 +41,29 @@ def reorder(model: nn.Module, order: list[int]) -> None:
     head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
 
 
-def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A classifier in eval mode over the model of a folder or hub name, its outputs in LABELS' order (unnamed: as they are).
-
-    What the model has no weights for (pooler, head) is drawn from the seed."""
-    config = copy.deepcopy(model_config(str(name)))
-    names = output_names(config)
-    config.id2label, config.label2id = dict(enumerate(LABELS)), {label: n for n, label in enumerate(LABELS)}
-    config.problem_type = "single_label_classification"
+def open_classifier(name: str | Path, seed: int, device: torch.device, labels: tuple = LABELS) -> nn.Module:
+    """A classifier in eval mode, its outputs in the labels' order (unnamed: as they are); what is missing is drawn."""
+    names = output_names(model_config(str(name)), labels)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:  # a head of another task's size is replaced; every other tensor's size follows from the config
-            model = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=ATTENTION, ignore_mismatched_sizes=names is None)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"model {str(name)!r}: does not open as a classifier ({reason})") from error
-    if names and names != UNNAMED:
-        reorder(model, [names.index(label) for label in LABELS])
+        torch.manual_seed(seed)  # a head of another task's size is drawn too; every other tensor's size follows from the config
+        model = opened(
+            AutoModelForSequenceClassification, str(name), may_lack=True, dtype=torch.float32, attn_implementation=ATTENTION,
+            id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
+            problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
+    if names:
+        reorder(model, [names.index(label) for label in labels])
     return model.to(device).eval()
 
 
 def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) -> Student:
-    """A classifier's encoder; its projection to another width is that of general distillation where it fits, or drawn."""
+    """A classifier; its projection to another width is that of general distillation where it fits, or drawn."""
     path = Path(name) / "projection.safetensors"
-    found = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(model.base_model, teacher_width).to(model.device).eval()
-    if student.projection is not None:
-        wanted = student.projection.state_dict()
-        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:
+        student = Student(model, teacher_width).to(model.device).eval()
+    if student.projection is not None and path.is_file():
+        found = load_file(path)
+        if found["weight"].shape == student.projection.weight.shape:
             student.projection.load_state_dict(found)
             print("  projection to the teacher's width: from general distillation")
     return student
@@ -95,75 +88,54 @@ def logits(model: nn.Module, batch: BatchEncoding) -> Tensor:
     return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **extra).logits.float()
 
 
-def save(model: nn.Module, tokenizer, folder: Path) -> None:
-    """A folder that transformers opens by itself, the tokenizer with no truncation or padding stored in it."""
-    model.save_pretrained(folder)  # transformers leaves the attention's name out of config.json
-    plain(tokenizer).save_pretrained(folder)
-
-
-def half() -> torch.dtype:
-    """Of autocast and of a teacher's weights: bfloat16 where the hardware multiplies it."""
-    return torch.bfloat16 if fastest_dtype() == "bf16" else torch.float32
-
-
-def lowered(device: torch.device):
-    """Autocast to `half`; no context at all where that is float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half() != torch.float32)
+def lowered(device: torch.device, wanted: bool = True):
+    """Autocast to bfloat16; no change where the hardware does not multiply it, or it is not wanted."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted and fastest_dtype() == "bf16")
 
 
 @torch.inference_mode()
-def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device) -> Tensor:
-    """What a function of a batch gives for every row, in the order of the rows -> (rows, ...) float32."""
-    given = [(batch.rows, function(batch.to(device)).float().cpu()) for batch in rows.batches(BATCH, torch.Generator())]
+def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device, low: bool = False) -> Tensor:
+    """What a function of a batch gives for every row, in their order -> (rows, ...) float32; `low`: as training computes."""
+    with lowered(device, low):
+        given = [(batch.rows, function(batch.to(device)).float().cpu()) for batch in rows.batches(BATCH, torch.Generator())]
     numbers, values = map(torch.cat, zip(*given, strict=True))
     return values[numbers.argsort()]
 
 
-def mean(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: torch.device) -> float:
-    """The mean over rows that are not trained on, computed as training computes."""
-    with lowered(device):
-        return each_row(function, rows, device).double().mean().item()
+def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
+    """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,).
 
-
-def gold_loss(model: nn.Module, batch: BatchEncoding) -> Tensor:
-    """Cross-entropy against the labels of the data."""
-    return F.cross_entropy(logits(model, batch), batch.labels, reduction="none")
-
-
-def prediction_loss(teacher: nn.Module, temperature: float, student: nn.Module, batch: BatchEncoding) -> Tensor:
-    """KL(teacher || student) at a temperature, summed over labels (TinyBERT eq. 10 less the teacher's entropy); no T^2."""
-    with torch.inference_mode():
-        wanted = logits(teacher, batch)
-    s_BC, t_BC = (F.log_softmax(logits_BC / temperature, -1) for logits_BC in (logits(student, batch), wanted))
-    return F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1)
-
-
-def layer_loss(teacher: nn.Module, layers: list[int], weights: dict, student: Student, batch: BatchEncoding) -> Tensor:
-    """Embeddings, hidden states and attention scores against the teacher's: pretrain's objective on task rows."""
+    Soft: KL(teacher || student), summed over labels, no T^2; `prediction=tinybert`: cross-entropy, mean over labels."""
+    kinds, said, traces = {kind: weights[kind] for kind in TERMS if weights.get(kind)}, [], []
     real = batch.attention_mask.bool()
-    with torch.inference_mode():
-        wanted = trace(teacher, batch.input_ids, batch.token_type_ids, real)
-    return weighted(distil(student(batch.input_ids, batch.token_type_ids, real), wanted, real, layers), weights)
+    for model in (student, teacher) if teacher else (student,):
+        hook = model.encoder.register_forward_hook(lambda *given: said.append(given[2].logits.float()))
+        with hook, torch.set_grad_enabled(model is student and torch.is_grad_enabled()):
+            traces.append(model(batch.input_ids, batch.token_type_ids, real) if kinds else logits(model.encoder, batch))
+    loss = weights.get("hard", 0.0) * F.cross_entropy(said[0], batch.labels, reduction="none")
+    if teacher:
+        s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in said)
+        soft = (-(t_BC.exp() * s_BC).mean(-1) if settings.prediction == "tinybert" else
+                F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))
+        loss = loss + weights.get("soft", 0.0) * soft
+    return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
-        measure: Callable[[], float]) -> list[dict]:
-    """Train the model in place; after each epoch `measure()` looks at dev rows.  Gives a line of figures an epoch.
-
-    The model ends with the weights of the epoch of the best dev accuracy; a student's layers with those of the last."""
+        measure: Callable[[], float], layered: bool = False) -> list[dict]:
+    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
     figure = "dev_loss" if stage == "layers" else "dev_accuracy"
     order, each = torch.Generator().manual_seed(seed), math.ceil(len(rows.labels) / settings.batch)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # biases and LayerNorms
     optimizer = torch.optim.AdamW(groups, lr=getattr(settings, f"{stage}_lr"), fused=True)
-    rate = get_scheduler("constant" if stage == "layers" else "linear", optimizer, round(settings.warmup * epochs * each),
-                         epochs * each)
-    curve, kept = [], None
+    kind, steps, curve, kept = "constant" if stage == "layers" else "linear", epochs * each, [], None
+    rate = get_scheduler(kind, optimizer, round(settings.warmup * steps), steps)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            model.train(stage != "layers")  # hidden states are matched value by value: dropout would be noise in both
+            model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
             for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):
                 with lowered(device):
@@ -181,6 +153,5 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
             if stage != "layers" and curve[-1] is max(curve, key=lambda line: line[figure]):
                 kept = copy.deepcopy(model.state_dict())
-    if kept is not None:
-        model.load_state_dict(kept)
+    model.load_state_dict(kept or model.state_dict())
     return curve

@@ -1,11 +1,10 @@
-"""The QNLI stage: fine-tune the teacher, distil its layers and its predictions into the student, report.
-
-The command line, and every number that changes what a run learns; light to import: torch comes after both are checked.
+"""The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked.
 
     python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,21 +16,20 @@ if __package__ in (None, ""):  # started as a script: python puts finetune/ on t
 
 from pretrain.recipe import CHECKED, override
 
+METHODS = {"tinybert": ("teacher", "augment", "layers", "predictions", "report"),  # and the stages of each
+           "joint": ("teacher", "augment", "predictions", "report"), "gold": ("gold", "report")}
+JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
+COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")  # every stage's output depends on these,
+LAYERS = ("layer_map", "embedding", "hidden", "attention")  # on those that begin with its name, and two on more
+STAGE = {"layers": LAYERS, "predictions": (*LAYERS, "method", "temperature", "prediction", "soft", "hard")}
 Share = Annotated[float, Field(ge=0, le=1)]
-COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")
-STAGE = {  # the settings that its output depends on, beside the common ones
-    "teacher": ("teacher_lr", "teacher_epochs"),
-    "layers": ("layers_lr", "layers_epochs", "layer_map", "embedding", "hidden", "attention"),
-    "predictions": ("predictions_lr", "predictions_epochs", "temperature"),
-    "gold": ("gold_lr", "gold_epochs"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Settings:
     """Task distillation's settings, TinyBERT's own for QNLI; `key=value` on the command line changes one."""
 
-    method: Literal["tinybert", "gold"] = "tinybert"  # layers, then predictions; or gold labels, no teacher
+    method: Literal["tinybert", "joint", "gold"] = "tinybert"  # joint: layers, predictions and gold at once; gold: these alone
     rows: PositiveInt | None = None  # training rows used, drawn by the seed; None: all
     length: Annotated[int, Field(ge=8)] = 128  # most tokens of a row, [CLS] and both [SEP] counted; 8 leaves room for both texts
     batch: PositiveInt = 32  # rows of an update
@@ -41,21 +39,28 @@ class Settings:
     teacher_lr: NonNegativeFloat = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
     teacher_epochs: NonNegativeInt = 3
     min_teacher: Share = 0.6  # a teacher below this dev accuracy is refused
+    augment: NonNegativeInt = 0  # tries a text at a new row, TinyBERT's are 20 and take long; 0: no augmentation
+    augment_p: Share = 0.4  # probability of a word to be changed
+    augment_k: PositiveInt = 15  # likely or near words that it is changed for
     layers_lr: NonNegativeFloat = 5e-5  # constant, without warm-up
     layers_epochs: NonNegativeInt = 10
     layer_map: str = "uniform"  # uniform, last or first: the teacher layer of each student layer
-    embedding: NonNegativeFloat = 1.0  # weight of the embedding term
-    hidden: NonNegativeFloat = 1.0  # weight of each layer's hidden term
-    attention: NonNegativeFloat = 1.0  # weight of each layer's attention-score term
+    embedding: NonNegativeFloat = 1.0  # weight of the embedding term; joint 0.3
+    hidden: NonNegativeFloat = 1.0  # weight of each layer's hidden term; joint 0.3
+    attention: NonNegativeFloat = 1.0  # weight of each layer's attention-score term; joint 0.5
     predictions_lr: NonNegativeFloat = 3e-5  # linear
     predictions_epochs: NonNegativeInt = 3
-    temperature: PositiveFloat = 1.0  # of both models' predictions
+    temperature: PositiveFloat = 1.0  # of both models' predictions; joint 2.0
+    prediction: Literal["kl", "tinybert"] = "kl"  # summed over labels; tinybert: cross-entropy, mean over labels
+    soft: NonNegativeFloat = 0.2  # weight of the predictions beside the layers' terms, in method=joint
+    hard: NonNegativeFloat = 0.1  # weight of the labels beside them
     gold_lr: NonNegativeFloat = 3e-5  # linear; method=gold
     gold_epochs: NonNegativeInt = 3
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
-        return {name: getattr(self, name) for name in (*COMMON, *STAGE[stage])}
+        return {name: value for name, value in vars(self).items()
+                if name.startswith(stage) or name in (*COMMON, *STAGE.get(stage, ()))}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,11 +69,16 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Task distillation on QNLI: does a sentence answer a question?",
         epilog=f"key=value settings: {', '.join(asdict(Settings()))} (see finetune/qnli.py)")
-    parser.add_argument("--teacher", default="bert-base-uncased",
-                        help="model folder or hub name; fine-tuned first unless it is a QNLI model already")
+    parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
-    parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv")
-    parser.add_argument("--out", default="runs/qnli", help="gets teacher/, layers/, student/, report.md, report.json")
+    parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")
+    parser.add_argument("--columns", default="question,sentence,label", help="of the data: one or two texts, then the label")
+    parser.add_argument("--labels", default="entailment,not_entailment", help="of the data, in the order of the outputs")
+    parser.add_argument("--out", default="runs/qnli", help="gets a folder a stage (student/ is the last), report.md, report.json")
+    parser.add_argument("--stages", help=f"run some of {','.join(METHODS['tinybert'])} alone; what they read must be there")
+    parser.add_argument("--mlm", help="masked LM with its head, for augment=N: a word becomes one that it finds likely")
+    parser.add_argument("--glove", metavar="FILE", help="vectors for augment=N: a word becomes a near one (default: teacher's)")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
@@ -78,18 +88,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stages; what a person got wrong is one line and exit code 2."""
     given = options(argv)
     try:
-        settings = override(Settings(), given.settings)
+        settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         import transformers
 
-        from finetune.stages import run_all
+        from finetune.stages import Run
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        text = run_all(given, settings)
+        text = Run(given, settings).run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"\n{text}\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name.")
+    table, cut = text.partition("\n\n## ")[:2]
+    print(f"\n{table}\n\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if cut else "done")
     return 0
 
 

@@ -14,33 +14,34 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune import data, distill, report
-from finetune.distill import fit, half, mean
-from pretrain.encoder import load_teacher, model_config
+from finetune import augment, data, distill, report
+from finetune.distill import each_row
+from finetune.qnli import METHODS
+from pretrain.checkpoint import differences
+from pretrain.encoder import check_trace, longest_row, model_config
 from pretrain.objective import TERMS, layer_map
-from shards.block import write
-from shards.tokenizer import auto_tokenizer
+from pretrain.recipe import did_you_mean
+from pretrain.student import Student
+from shards.block import write, write_json
+from shards.tokenizer import auto_tokenizer, plain
 
 
-def sums(name: str | Path) -> dict[str, str] | str:
-    """What tells two models apart: the sha256 of each file of a folder but its record; a hub name stands for itself."""
-    files = sorted(path for path in Path(name).glob("*") if path.is_file() and path.name != "stage.json")
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} or str(name)
+def sums(name: str | Path) -> str:
+    """What tells two models apart: a sha256 over all files of a folder but its record; a hub name stands for itself."""
+    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name != "stage.json")
+    found = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if files else str(name)
 
 
-def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
-    """What stage.json in a folder says: inputs, figures, sha256 of each file.
-
-    Where the folder is not there, not whole or of other inputs, `make(part)` fills an empty one and gives its figures."""
-    why, record = "a file is missing or changed", folder / "stage.json"
+def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
+    """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError."""
+    why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
-    if found and found["files"] == sums(folder):
-        old = found["inputs"]
-        if old == inputs:
-            print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
-            return found
-        why = ", ".join(f"{key} was {old.get(key)}, is {inputs.get(key)}" if len(str(old.get(key))) < 40 else f"another {key}"
-                        for key in sorted(old | inputs) if old.get(key) != inputs.get(key))
+    if found and found["files"] == sums(folder) and not (why := differences(found["inputs"], inputs)):
+        print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
+        return found
+    if not make:
+        raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
@@ -50,7 +51,7 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict]) -> dict:
     except BaseException:
         shutil.rmtree(part)
         raise
-    (part / "stage.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(part / "stage.json", record)
     if folder.exists():  # nothing is deleted
         free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
         print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
@@ -63,95 +64,139 @@ class Run:
 
     def __init__(self, given: Namespace, settings):
         """ValueError for anything a person got wrong, before a model trains."""
-        self.given, self.settings, self.out, self.seed = given, settings, Path(given.out), given.seed
+        self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
+        self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
+        if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:
+            raise ValueError(f"columns {given.columns}, labels {given.labels}: write one or two texts' columns and the label's, "
+                             "and two labels or more, such as --columns text,label --labels no,yes")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out {given.out}: is a file; give a folder")
+        self.plan = [name for name in METHODS[settings.method] if name != "augment" or settings.augment]
+        self.wanted = given.stages.split(",") if given.stages else self.plan
+        for name in set(self.wanted) - {*self.plan}:
+            raise ValueError(f"stages: {name!r} is none of this run{did_you_mean(name, self.plan)}; there are "
+                             f"{', '.join(self.plan)} (augment with augment=20)")
+        for path, opened in ((given.mlm, augment.open_mlm), (given.glove, augment.read_glove)):
+            if path and "augment" not in self.plan:
+                raise ValueError(f"{path}: --mlm and --glove are for the augmentation; write augment=20, or leave them out")
+            opened(path) if path else None  # now, and once more when it is needed: an error is told before anything trains
+        for name in given.compare:
+            if distill.output_names(model_config(name), self.labels) is None:
+                raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
         pair = given.student, given.student if settings.method == "gold" else given.teacher
         distill.check_two(*pair, settings.length)
         self.layers = layer_map(settings.layer_map, *(model_config(name).num_hidden_layers for name in pair))
-        train, self.dev = data.load(given.data)
+        train, self.dev = data.load(given.data, self.columns, self.labels)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.train = [train[n] for n in order[:settings.rows]]
-        self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()
+        self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()[:16]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
-    def stage(self, folder: str, name: str, make: Callable[[Path], dict], **models) -> dict:
-        """OUT/folder, made out of the rows, the seed, the settings of the stage `name` and these models' sums."""
-        return stage(self.out / folder, {"data": self.data, "seed": self.seed, **self.settings.of(name), **models}, make)
+    def run(self) -> str:
+        """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
+        for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
+            text = self.report() if name == "report" else self.make(name)
+        return text or ""
 
-    def opened(self, name: str | Path) -> tuple:
-        """A model as a classifier, its tokenizer, the training and dev rows in its ids."""
-        tokenizer = auto_tokenizer(str(name))
-        rows = (data.Rows(tokenizer, pairs, self.settings.length) for pairs in (self.train, self.dev))
-        return distill.open_classifier(name, self.seed, self.device), tokenizer, *rows
+    def make(self, name: str) -> None:
+        """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
+        given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}, "predictions": {}}
+        inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
+        inputs |= {other: record["files"] for other, record in self.records.items()}
+        inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
+        make = self.augment if name == "augment" else partial(self.fit, name)
+        self.records[folder] = stage(self.out / folder, inputs, make if name in self.wanted else None)
+        reached = self.records[folder]["figures"].get("dev_accuracy")
+        if name == "teacher" and reached < self.settings.min_teacher:
+            raise ValueError(f"teacher {given.teacher}: dev accuracy {reached:.1%} is below "
+                             f"min_teacher={self.settings.min_teacher}: a student would learn its mistakes. Train it longer "
+                             "(teacher_epochs=, teacher_lr=), give another one, or write min_teacher=0")
+        if name == "augment":
+            self.train = data.read(self.out / folder / "train.tsv", self.columns, self.labels)
 
-    def classify(self, stage: str, source: str | Path, loss: Callable, part: Path) -> dict:
-        """A classifier trained by a loss, or a teacher that is one already; the epoch that is best on dev rows is kept."""
-        model, tokenizer, train, dev = self.opened(source)
-        names = distill.output_names(model_config(str(source)))
-        accuracy = partial(mean, lambda batch: distill.logits(model, batch).argmax(-1) == batch.labels, dev, self.device)
-        if names == distill.UNNAMED and accuracy() < 0.5:
-            print("  its outputs have no names, and on dev rows LABEL_1 must be entailment: taken so")
+    def opened(self, name: str) -> tuple:
+        """A classifier, one whose outputs have no names tried both ways, and the dev rows in its ids."""
+        model = distill.open_classifier(name, self.seed, self.device, labels=self.labels)
+        rows = data.Rows(auto_tokenizer(name), self.dev, min(self.settings.length, longest_row(model.config)))
+        unnamed = distill.output_names(model_config(name), self.labels) == []
+        if unnamed and len(self.labels) == 2 and self.accuracy(model, rows) < 0.5:
+            print(f"  {name}: its outputs have no names, and on dev rows LABEL_1 must be {self.labels[0]}: taken so")
             distill.reorder(model, [1, 0])
-        given = stage == "teacher" and names
-        if given:
-            print(f"  {source} is a QNLI model already: not trained")
-        curve = [] if given else fit(model, partial(loss, model), train, self.settings, stage, self.seed, accuracy)
-        distill.save(model, tokenizer, part)
-        return {"dev_accuracy": accuracy(), "epochs": curve}
+        return model, rows
 
-    def imitate_layers(self, part: Path) -> dict:
-        """The student's encoder, and a projection where the widths differ, trained to compute what OUT/teacher computes."""
-        model, tokenizer, train, dev = self.opened(self.given.student)
-        teacher = load_teacher(str(self.out / "teacher"), half(), self.device)
-        student = distill.with_projection(model, self.given.student, teacher.config.hidden_size, self.seed)
-        print(f"  student layers 1 to {len(self.layers)} imitate the teacher's layers {', '.join(map(str, self.layers))}")
-        loss = partial(distill.layer_loss, teacher, self.layers, {term: getattr(self.settings, term) for term in TERMS}, student)
-        curve = fit(student, loss, train, self.settings, "layers", self.seed, partial(mean, loss, dev, self.device))
-        distill.save(model, tokenizer, part)
-        if student.projection is not None:
+    def mean(self, rows: data.Rows, function: Callable) -> float:
+        """Of what a function of a batch gives for each row, computed as training computes."""
+        return each_row(function, rows, self.device, low=True).double().mean().item()
+
+    def accuracy(self, model, rows: data.Rows) -> float:
+        """The share of rows that a classifier is right about."""
+        return self.mean(rows, lambda batch: distill.logits(model, batch).argmax(-1) == batch.labels)
+
+    def teacher(self) -> Student:
+        """OUT/teacher as a classifier in eval mode, without gradients."""
+        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, self.labels).requires_grad_(False)
+        return Student(model, model.config.hidden_size)
+
+    def augment(self, part: Path) -> dict:
+        """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
+        teacher, name, given, count = self.teacher().encoder, str(self.out / "teacher"), self.given, len(self.train)
+        origins, new, figures = augment.augmented(self.train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
+        rows = data.Rows(auto_tokenizer(name), [*self.train, *new], self.settings.length)
+        said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
+        labels = [self.labels[n] for n in (*rows.labels[:count].tolist(), *said[count:].tolist())]
+        texts = [pair[:len(self.columns) - 1] for pair in (*self.train, *new)]
+        lines = [(number, *pair, label) for number, pair, label in zip((*range(count), *origins), texts, labels, strict=True)]
+        write(part / "train.tsv", data.tsv([("index", *self.columns), *lines]))
+        return figures | {"rows": len(new), "other_label": (said[count:] != said[origins]).double().mean().item(),
+                          "teacher_not_gold": (said != rows.labels)[:count].double().mean().item()}
+
+    def fit(self, stage: str, part: Path) -> dict:
+        """A trained classifier, or a teacher that is one already: the epoch best on dev rows, of layers the last."""
+        settings, layered = self.settings, stage == "layers" or (stage, self.settings.method) == ("predictions", "joint")
+        source = str({"teacher": self.given.teacher, "predictions": self.records.get("layers") and self.out / "layers"}.get(stage)
+                     or self.given.student)
+        model, dev = self.opened(source)
+        train = data.Rows(dev.tokenizer, self.train, settings.length)
+        known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
+        terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
+        weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
+        teacher = self.teacher() if layered or "soft" in weights else None
+        student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
+        if layered:
+            check_trace(teacher.encoder)
+            print(f"  student layers 1 to {len(self.layers)} imitate the teacher's layers {', '.join(map(str, self.layers))}")
+        loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
+        if known:
+            print(f"  {source} is a model of these labels already: not trained")
+        measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
+        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
+        model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
+        plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
+        if stage == "layers" and student.projection is not None:
             save_file(student.projection.state_dict(), part / "projection.safetensors")
-        return {"epochs": curve}
+        return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": self.accuracy(model, dev)})
 
-    def imitate_predictions(self, part: Path) -> dict:
-        """OUT/layers with a head, trained to answer what OUT/teacher answers."""
-        teacher = distill.open_classifier(self.out / "teacher", self.seed, self.device, half())
-        loss = partial(distill.prediction_loss, teacher.requires_grad_(False), self.settings.temperature)
-        return self.classify("predictions", self.out / "layers", loss, part)
-
-    def report(self, records: dict[str, dict]) -> str:
-        """OUT/report.json and report.md; measured again where a model or the rows are others than the report's."""
-        found = json.loads((self.out / "report.json").read_text()) if (self.out / "report.json").exists() else {}
-        if found.get("stages") == records:
-            print(f"report: {self.out / 'report.json'} is of these models and rows; skipped")
+    def report(self) -> str:
+        """OUT/report.json, report.md and errors.tsv; measured again where a model or the rows are others than the report's."""
+        path, made_of = self.out / "report.json", {"stages": self.records, "compared": [*map(sums, self.given.compare)]}
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if {key: found.get(key) for key in made_of} == made_of:
+            print(f"report: {path} is of these models and rows; skipped")
             return report.text(found)
         print("report: accuracy and speed", flush=True)
-        device = f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32"
-        if self.device.type == "cuda":
-            device = f"{torch.cuda.get_device_name(self.device)}, bfloat16 autocast"
-        names = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in records if name != "layers"}
-        opened = {full: distill.open_classifier(self.out / name, self.seed, self.device) for name, full in names.items()}
-        dev = data.Rows(auto_tokenizer(str(self.out / "student")), self.dev, self.settings.length)
-        found = {"models": report.figures(opened, dev), "data": self.given.data, "device": device, "train_rows": len(self.train),
-                 "dev_rows": len(self.dev), "seed": self.seed, "settings": asdict(self.settings), "stages": records}
-        for name, content in (("report.md", report.text(found)), ("report.json", json.dumps(found, indent=2) + "\n")):
-            write(self.out / name, content.encode())
+        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
+                  f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
+        own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
+        places = {full: str(self.out / name) for name, full in own.items()} | {Path(n).name: n for n in self.given.compare}
+        lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
+        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
+        found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
+                 "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
+                 "settings": asdict(self.settings), **made_of}
+        wrong = answers[answers.right != " and ".join(own)].reset_index()
+        write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
+        write(self.out / "report.md", report.text(found).encode())
+        write_json(path, found)
         return report.text(found)
-
-
-def run_all(given: Namespace, settings) -> str:
-    """Every stage that is not there yet; gives the text of the report."""
-    run = Run(given, settings)
-    if settings.method == "gold":
-        make = partial(run.classify, "gold", given.student, distill.gold_loss)
-        return run.report({"student": run.stage("student", "gold", make, model=sums(given.student))})
-    make = partial(run.classify, "teacher", given.teacher, distill.gold_loss)
-    teacher = run.stage("teacher", "teacher", make, model=sums(given.teacher))
-    if (reached := teacher["figures"]["dev_accuracy"]) < settings.min_teacher:
-        raise ValueError(f"teacher {given.teacher}: dev accuracy {reached:.1%} is below min_teacher={settings.min_teacher}: a "
-                         "student would learn its mistakes. Train it longer (teacher_epochs=, teacher_lr=), give another one, "
-                         "or write min_teacher=0")
-    layers = run.stage("layers", "layers", run.imitate_layers, teacher=teacher["files"], model=sums(given.student))
-    student = run.stage("student", "predictions", run.imitate_predictions, teacher=teacher["files"], layers=layers["files"])
-    return run.report({"teacher": teacher, "layers": layers, "student": student})

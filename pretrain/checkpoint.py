@@ -113,7 +113,7 @@ def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] 
         if notes:
             raise ValueError(f"no good checkpoint in {folder}: {'; '.join(notes)}. Start over with --fresh")
         return None
-    if apart := _differences(facts["settings"], about["settings"]):
+    if apart := differences(facts["settings"], about["settings"]):
         raise ValueError(f"checkpoint {tag} belongs to a run with other settings: {apart}. Give the same settings, another "
                          "--out, or --fresh to begin anew (the old run is kept, renamed)")
     was, now = facts["settings"]["steps"], about["settings"]["steps"]
@@ -122,11 +122,12 @@ def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] 
     notes.append(f"goes on from {tag} (row {facts['step'] * about['settings']['batch']:,})")
     if was != now:
         notes.append(f"steps was {was:,}, is {now:,}: the rate of every later step follows from its number and the new length")
-    if machine := _differences(facts["machine"], about["machine"]):
+    if machine := differences(facts["machine"], about["machine"]):
         notes.append(f"{machine}: through DeepSpeed's universal checkpoint, and dropout is drawn anew")
     return tag, facts["step"], notes, bool(machine)
 
 
-def _differences(was: dict, now: dict) -> str:
+def differences(was: dict, now: dict) -> str:
+    """What was and is, of each value that is another one now; nothing of what teaches nothing."""
     return "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in sorted(was.keys() | now.keys())
                      if key not in (*NOT_LEARNED, "steps") and was.get(key) != now.get(key))

@@ -116,6 +116,18 @@ def check_tokenizer(name: str, config, manifest):
     return tokenizer
 
 
+def opened(kind, name: str, may_lack: bool = False, **more) -> nn.Module:
+    """`kind.from_pretrained`.  ValueError in one line where it does not open, or lacks tensors (which would be random ones)."""
+    try:  # from .safetensors, or from .bin through torch's weights_only loading
+        model, found = kind.from_pretrained(name, output_loading_info=True, **more)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"model {name!r}: its weights do not open ({' '.join(str(error).split())[:200]})") from error
+    if not may_lack and (missing := sorted(found["missing_keys"])):
+        raise ValueError(f"model {name!r}: its file lacks {len(missing)} tensors of a {type(model).__name__} of its config.json, "
+                         f"such as {missing[0]}; give one that was saved with them")
+    return model
+
+
 def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A pre-trained encoder in eval mode, without gradients."""
     config = model_config(name)
@@ -123,14 +135,7 @@ def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         raise ValueError(f"teacher {name!r}: is a {config.model_type} model; its attention cannot be traced here (there are "
                          f"{', '.join(TEACHERS)})")
     pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
-    try:  # from .safetensors, or from .bin through torch's weights_only loading
-        model, found = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True,
-                                                 attn_implementation=ATTENTION, **pooler)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"teacher {name!r}: its weights do not open ({' '.join(str(error).split())[:200]})") from error
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"teacher {name!r}: its file lacks {len(missing)} tensors that its config.json asks for, such as "
-                         f"{missing[0]}; take the config and the weights of one model")
+    model = opened(AutoModel, name, config=config, dtype=dtype, attn_implementation=ATTENTION, **pooler)
     model.eval().requires_grad_(False).to(device)
     check_trace(model)
     return model

@@ -208,7 +208,7 @@ def test_a_teacher_whose_file_lacks_layers_is_refused(tmp_path):
     bert().save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 5'))
-    with pytest.raises(ValueError, match="its file lacks 32 tensors that its config.json asks for, such as encoder.layer.3"):
+    with pytest.raises(ValueError, match="its file lacks 32 tensors of a BertModel of its config.json, such as encoder.layer.3"):
         load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
 
 

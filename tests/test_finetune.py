@@ -1,10 +1,10 @@
 """QNLI's rows, losses and labels: read by name, batched whole, losses against direct sums, outputs in GLUE's order."""
 
-import json
 import shutil
 from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import SYLLABLES, save_tokenizer
@@ -21,8 +21,7 @@ from transformers import (
 
 from finetune import data, distill
 from finetune.data import Pair
-from finetune.qnli import COMMON, STAGE, Settings
-from pretrain.encoder import load_teacher
+from finetune.qnli import COMMON, METHODS, Settings
 from pretrain.student import Student
 
 CPU = torch.device("cpu")
@@ -81,23 +80,66 @@ def rows_of(folder, pairs, length=32):
 def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbflabel\tsentence\tquestion\r\nentailment\t"b\ta "?\r\n'
                                      b"not_entailment\td\tc?\r\n")
-    assert data.read_tsv(tmp_path / "a.tsv") == [('a "?', '"b', 0), ("c?", "d", 1)]
+    assert data.read(tmp_path / "a.tsv") == [('a "?', '"b', 0), ("c?", "d", 1)]
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"question\tsentence\tlabel\n\xff?\tb\tentailment\n", "not UTF-8 .invalid start byte at byte 24"),
+    (b"question\tsentence\tlabel\n\xff?\tb\tentailment\n", "Row #2: .*invalid UTF8"),
     ("index\tquestion\tsentence\n", "no column 'label'"),
     ("index\tquestion\tsentense\tlabel\n", "no column 'sentence'; did you mean 'sentense'"),
     ("index\tquestion\tsentence\tlabel\n", "a header and no rows"),
-    ("question\tsentence\tlabel\na?\tb\tentailment\na?\tb\t\n", "line 3: no label; write entailment or not_entailment"),
-    ("question\tsentence\tlabel\na?\tb\tneutral\n", "line 2: unknown label 'neutral'"),
-    ("question\tsentence\tlabel\na?\tb\n", "line 2: 2 fields between tabs, the header has 3"),
-    ("question\tsentence\tlabel\na?\t \tentailment\n", "line 2: an empty sentence"),
+    ("question\tsentence\tlabel\na?\tb\tentailment\na?\tb\t\n", "row 3: no label; write entailment or not_entailment"),
+    ("question\tsentence\tlabel\na?\tb\tneutral\n", "row 2: unknown label 'neutral'"),
+    ("question\tsentence\tlabel\na?\tb\n", "Row #2: Expected 3 columns, got 2: a.\\tb"),
+    ("question\tsentence\tlabel\na?\t \tentailment\n", "row 2: an empty sentence"),
+    ("question\tsentence\tlabel\na?\tb\tentailment\n\n", "row 3: no label"),
+    ("question\tsentence\tlabel\tlabel\na?\tb\tentailment\tx\n", "label.* exists 2 times"),
+    ("", "Empty CSV file"),
 ])
-def test_a_bad_tsv_names_file_and_line(tmp_path, text, says):
+def test_a_bad_tsv_names_file_and_row(tmp_path, text, says):
     (tmp_path / "train.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"train.tsv.*{says}"):
-        data.read_tsv(tmp_path / "train.tsv")
+        data.read(tmp_path / "train.tsv")
+
+
+TASK = (("text", "kind"), ("no", "yes", "3"))  # single sentences, three labels
+TABLE = [("ba, be", "yes"), ('a "b"', "no"), ("two\nlines", "3"), ("x", "yes")]
+
+
+def write_table(path, rows=TABLE):
+    frame = pandas.DataFrame([(n, *row) for n, row in enumerate(rows)], columns=["id", "text", "kind"])
+    frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_other_tasks_are_read_by_their_columns_and_labels(tmp_path, kind):
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.{kind}")
+    train, dev = data.load(str(tmp_path), *TASK)
+    assert train == dev == [(text, "", TASK[1].index(label)) for text, label in TABLE]
+    with pytest.raises(ValueError, match=f"row {2 + (kind == 'csv')}: unknown label 'maybe'; write no or yes or 3"):
+        data.read(write_table(tmp_path / f"bad.{kind}", [("a", "no"), ("b", "maybe")]), *TASK)
+    with pytest.raises(ValueError, match=f"row {2 + (kind == 'csv')}: an empty text"):
+        data.read(write_table(tmp_path / f"bad.{kind}", [("a\nb", "no"), (" ", "no")]), *TASK)
+    (tmp_path / f"bad.{kind}").write_bytes(b"id,text,kind\n1,a\n" if kind == "csv" else b"no parquet")
+    with pytest.raises(ValueError, match=f"bad.{kind}: .*" + ("Row #2: Expected 3 columns" if kind == "csv" else "[Pp]arquet")):
+        data.read(tmp_path / f"bad.{kind}", *TASK)
+
+
+def test_numbers_are_labels_too(tmp_path):
+    pandas.DataFrame({"a": ["x", "y"], "b": ["z", "z"], "n": [1, 0]}).to_parquet(tmp_path / "a.parquet")
+    assert data.read(tmp_path / "a.parquet", ("b", "a", "n"), ("1", "0")) == [("z", "x", 0), ("z", "y", 1)]
+
+
+def test_a_single_sentence_is_one_segment(tokenizer_folder):
+    rows = rows_of(tokenizer_folder, [Pair("ba be", "", 0), Pair("ba", "", 1)])
+    assert rows.fields["token_type_ids"] == [[0] * 4, [0] * 3] and rows.fields["input_ids"][1][-1] == 3  # one [SEP], the last
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(data.tsv([("index", *Pair._fields), (0, "a\tb", 'c\r\n"d', "entailment")]))
+    assert data.read(tmp_path / "a.tsv") == [("a b", 'c  "d', 0)]
 
 
 def test_rows_are_cut_to_length_and_no_stored_truncation_acts(tmp_path):
@@ -108,11 +150,6 @@ def test_rows_are_cut_to_length_and_no_stored_truncation_acts(tmp_path):
     assert len(whole.fields["input_ids"][0]) == 9 + 40 + 3
     assert len(cut.fields["input_ids"][0]) == 24
     assert cut.fields["token_type_ids"][0] == [0] * 11 + [1] * 13  # 9 + [CLS] [SEP], then 12 + [SEP]
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1,
-                                                     num_attention_heads=2, intermediate_size=8))
-    distill.save(model, tokenizer, tmp_path / "out")
-    stored = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
-    assert stored["truncation"] is None and stored["padding"] is None
 
 
 def test_batches_hold_every_row_once_padded_to_eights(tokenizer_folder):
@@ -152,23 +189,33 @@ def test_glue_without_a_hub_says_what_to_do(monkeypatch):
 # losses
 
 
+def imitation(model, batch, weights, teacher=None, layers=(), settings=None):
+    return distill.imitation(weights, teacher and Student(teacher, 24), [*layers], settings or Settings(),
+                             Student(model, model.config.hidden_size), batch)
+
+
+def gold(model):
+    return lambda batch: imitation(model, batch, {"hard": 1.0})
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_the_prediction_loss_is_a_divergence_summed_over_labels(place, temperature):
     teacher, student = (distill.open_classifier(place / name, 0, CPU) for name in ("teacher", "student"))
     batch = rows_of(place / "student", made_up_pairs(7, 3)).batch(list(range(7)))
     s, t = (torch.softmax(distill.logits(model, batch).double() / temperature, -1) for model in (student, teacher))
     direct = (t * (t.log() - s.log())).sum(-1)
-    loss = distill.prediction_loss(teacher, temperature, student, batch)
+    settings = Settings(temperature=temperature)
+    loss = imitation(student, batch, {"soft": 1.0}, teacher, settings=settings)
     torch.testing.assert_close(loss, direct.float(), rtol=1e-3, atol=1e-7)
-    assert distill.prediction_loss(teacher, temperature, teacher, batch).abs().max() < 1e-7
+    assert imitation(teacher, batch, {"soft": 1.0}, teacher, settings=settings).abs().max() < 1e-7
 
 
 def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
-    teacher = load_teacher(str(place / "teacher"), torch.float32, CPU)
+    teacher = distill.open_classifier(place / "teacher", 0, CPU).requires_grad_(False)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = distill.open_classifier(place / "student", 0, CPU)
-    student = Student(model.base_model, 24)
-    loss = partial(distill.layer_loss, teacher, [2, 3], {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}, student)
+    student, weights = Student(model, 24), {"embedding": 1.0, "hidden": 1.0, "attention": 1.0}
+    loss = partial(distill.imitation, weights, Student(teacher, 24), [2, 3], Settings(), student)
     modes = []
 
     def measure():
@@ -199,7 +246,7 @@ def test_the_best_epoch_is_what_the_model_ends_with(place):
         return next(marks)
 
     rows = rows_of(place / "student", made_up_pairs(16, 3))
-    distill.fit(model, partial(distill.gold_loss, model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
+    distill.fit(model, gold(model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -211,14 +258,17 @@ def test_rates(place, monkeypatch):
     rows = rows_of(place / "student", made_up_pairs(10, 3))
     settings = Settings(warmup=0.2, gold_lr=1e-3, layers_lr=2e-3, batch=2, gold_epochs=2, layers_epochs=2)
     for stage in ("gold", "layers"):
-        distill.fit(model, partial(distill.gold_loss, model), rows, settings, stage, 0, lambda: 0.5)
+        distill.fit(model, gold(model), rows, settings, stage, 0, lambda: 0.5)
     assert used[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
     assert used[10:] == [2e-3] * 10
 
 
 def test_every_setting_belongs_to_a_stage():
-    named = {*COMMON, *(name for names in STAGE.values() for name in names), "method", "min_teacher"}
+    plan = {stage for stages in METHODS.values() for stage in stages}
+    named = {name for stage in plan for name in Settings().of(stage)} | {"method", "min_teacher"}
     assert named == set(Settings.__dataclass_fields__)
+    assert Settings().of("teacher").keys() == {*COMMON, "teacher_lr", "teacher_epochs"}
+    assert "temperature" not in Settings().of("layers") and {"hidden", "soft"} < Settings().of("predictions").keys()
 
 
 # labels

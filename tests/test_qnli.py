@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from safetensors.torch import load_file
-from test_finetune import made_up_pairs, save_model, save_place, write_tsv
+from test_finetune import made_up_pairs, save_model, save_place, write_table, write_tsv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from finetune import data, distill, qnli, report, stages
@@ -41,12 +41,15 @@ def done(place):
 
 
 def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
-    assert sorted(path.name for path in done.iterdir()) == ["layers", "report.json", "report.md", "student", "teacher"]
+    assert sorted(path.name for path in done.iterdir()) == [
+        "errors.tsv", "layers", "report.json", "report.md", "student", "teacher"]
     written = json.loads((done / "report.json").read_text())
     for line, name in zip(written["models"], ("teacher", "student"), strict=True):
+        stored = json.loads((done / name / "tokenizer.json").read_text())
+        assert stored["truncation"] is None and stored["padding"] is None  # though rows were cut and padded with it
         model = AutoModelForSequenceClassification.from_pretrained(done / name)
         assert line["model"] == f"{name} {name}" and line["parameters"] == model.num_parameters()
-        assert line["sentences_per_second"] > 0 and 0 <= line["accuracy"] <= 1
+        assert min(line["rows_per_second"].values()) > 0 and 0 <= line["accuracy"] <= 1
     assert written["models"][0]["of_teacher"] == written["models"][0]["agreement"] == 1
     assert (done / "report.md").read_text() == report.text(written)
     assert load_file(done / "layers" / "projection.safetensors")["weight"].shape == (24, 16)
@@ -105,8 +108,8 @@ def test_other_settings_and_damage_make_a_stage_again_and_delete_nothing(done, p
 
 def test_gold_uses_no_teacher(place):
     assert run(place, place / "gold", "method=gold") == 0
-    assert sorted(path.name for path in (place / "gold").iterdir()) == ["report.json", "report.md", "student"]
-    assert json.loads((place / "gold" / "report.json").read_text())["models"][0]["of_teacher"] is None
+    assert sorted(path.name for path in (place / "gold").iterdir()) == ["errors.tsv", "report.json", "report.md", "student"]
+    assert json.loads((place / "gold" / "report.json").read_text())["models"][0].keys().isdisjoint({"of_teacher", "agreement"})
 
 
 def test_nothing_half_made_is_left_by_an_error(tmp_path):
@@ -117,6 +120,19 @@ def test_nothing_half_made_is_left_by_an_error(tmp_path):
     with pytest.raises(ValueError, match="no"):
         stages.stage(tmp_path / "s", {}, make)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_of_single_sentences_and_three_labels_goes_the_whole_road(place, tmp_path):
+    rows = [("bado fogu", "low"), ("lamu", "mid"), ("nipo bado", "high")] * 8
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.csv", rows)
+    task = ("--columns", "text,kind", "--labels", "low,mid,high", "augment=1")
+    assert run(place, tmp_path / "out", *task, rows=tmp_path) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert model.config.id2label == {0: "low", 1: "mid", 2: "high"}
+    new = (tmp_path / "out" / "augment" / "train.tsv").read_text().splitlines()
+    assert new[0] == "index\ttext\tkind" and len(new) > 25
+    assert (tmp_path / "out" / "errors.tsv").read_text().startswith("index\tquestion\tsentence\tgold\t")
 
 
 def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
@@ -146,7 +162,7 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["batch=0"], "batch=0: must be greater than 0; write such as batch=32"),
     (["temperature=0"], "temperature=0: must be greater than 0"),
     (["min_teacher=2"], "min_teacher=2: must be less than or equal to 1"),
-    (["method=glod"], "method=glod: must be 'tinybert' or 'gold'"),
+    (["method=glod"], "method=glod: must be 'tinybert', 'joint' or 'gold'"),
     (["length=65"], "length=65: these models read at most 64 tokens; write length=64"),
     (["--data", "gleu"], "data 'gleu': no such folder; give one with train.tsv and dev.tsv, or glue"),
     (["--data", "{place}"], "train.tsv: no such file; a QNLI folder holds train.tsv and dev.tsv"),
@@ -157,6 +173,9 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["--student", "{place}/deep"], "a student of 4 layers is deeper than its teacher of 3"),
     (["teacher_lr=1e30", "clip=0"], "teacher: the loss became nan; write a smaller teacher_lr= or clip="),
     (["min_teacher=1"], "is below min_teacher=1.0: a student would learn its mistakes"),
+    (["--columns", "label"], "columns label, labels entailment,not_entailment: write one or two texts' columns and"),
+    (["--columns", "question,text,label"], "train.tsv: no column 'text' (its header has index, question, sentence, label)"),
+    (["--labels", "yes,no"], "train.tsv: row 2: unknown label"),
     (["--out", "{place}/rows/dev.tsv"], "is a file; give a folder"),
 ])
 def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, arguments, says):
