@@ -5,7 +5,6 @@ One micro batch goes through models of torch's fake tensors, while living tensor
 import weakref
 from argparse import Namespace
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoModel
 
-from pretrain.encoder import ATTENTION, POOLED, keep_layers, model_config, trace
+from pretrain.encoder import ATTENTION, POOLED, model_config, trace
 from pretrain.engine import device_type, offloads, precision
 from pretrain.objective import distil, weighted
 from pretrain.plan import ENGINES, Plan, resolve
@@ -48,7 +47,6 @@ def one_micro_batch(plan: Plan, rows: int) -> tuple[dict, int, int]:
         teacher = AutoModel.from_config(config, attn_implementation=ATTENTION, **pooler).eval().requires_grad_(False)
         models = {"": teacher} | {name: build_student(name, shape, teacher, plan.layers[name], "random", recipe)
                                   for name, shape in plan.students.items()}
-        keep_layers(teacher, max(np.max(layer, initial=0) for layers in plan.layers.values() for layer in layers))
         for name, model in models.items():
             for parameter in model.parameters():  # Module.to does not take fake ones
                 parameter.data = parameter.data.to(DTYPES[precision(plan.engine) if name else plan.teacher_dtype])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pretrain import checkpoint, pictures
-from pretrain.encoder import check_trace, keep_layers, load_teacher, trace, windowed
+from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.monitor import Monitor, Window
 from pretrain.objective import distil, weighted
@@ -103,7 +103,6 @@ class Run:
                            + (", () without a layer loss" if () in layers else ""))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
                                        drawn_at=self.step, saved=source, universal=universal))
-        keep_layers(self.teacher, max(np.max(layer, initial=0) for layers in self.plan.layers.values() for layer in layers))
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
         check_trace(self.teacher)
 

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AlbertConfig, AutoModel, BertConfig, BertModel, DebertaV2Config, DistilBertConfig, ElectraConfig,
                           ModernBertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig)
 
-from pretrain.encoder import ATTENTION, TEACHERS, check_tokenizer, keep_layers, load_teacher, trace, windowed
+from pretrain.encoder import ATTENTION, TEACHERS, check_tokenizer, load_teacher, trace, windowed
 from pretrain.objective import TERMS, distil, weighted
 from shards.block import read_manifest
 
@@ -81,20 +81,6 @@ def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
             torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 4, -1)],
                                        probabilities[real[:, None].expand(-1, 4, -1)], rtol=1e-4, atol=1e-6)
     assert (windowed(model.config) == [2]) == (config.model_type == "modernbert")
-
-
-@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
-def test_layers_above_the_highest_one_mapped_are_not_run(config, tmp_path):
-    """What stays of the trace is the same bit for bit; where layers cannot be taken off, nothing changes."""
-    AutoModel.from_config(config).save_pretrained(tmp_path)
-    model, rows = load_teacher(str(tmp_path), torch.float32, torch.device("cpu")), batch()
-    whole = trace(model, *rows)
-    keep_layers(model, 2)
-    cut = trace(model, *rows)
-    kin = config.model_type in ("bert", "roberta", "xlm-roberta", "electra")
-    assert len(cut.queries) == len(cut.hidden) - 1 == (2 if kin else 3)
-    for part in ("hidden", "queries", "keys", "values"):
-        assert all(torch.equal(a, b) for a, b in zip(getattr(cut, part), getattr(whole, part)))  # as long as the shorter one
 
 
 def test_there_is_a_small_one_of_every_teacher():
