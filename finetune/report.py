@@ -67,7 +67,7 @@ def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas
     table, names = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"}), np.array(labels)
     table["gold"] = names[table.gold]
     for name, share in shares.items():
-        table[name], table[f"{name}_probability"] = names[share.argmax(-1)], share.amax(-1).numpy().round(4)
+        table[name], table[f"{name}_probability"] = names[share.argmax(-1)], share.amax(-1).double().numpy().round(4)
     table["right"] = [" and ".join(name for name in shares if row[name] == row["gold"]) or "neither"
                       for row in table.to_dict("records")]
     return table
