@@ -22,7 +22,7 @@ def described(file: str, name: str) -> list[str]:
 
 
 def reference(floor: str) -> str:
-    return textwrap.fill(" · ".join(described(*WHERE[floor])), 300, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(" · ".join(described(*WHERE[floor])), 600, break_long_words=False, break_on_hyphens=False)
 
 
 def written(readme: str) -> str:
