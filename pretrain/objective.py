@@ -142,7 +142,7 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
 
 def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
     """The terms' sum (B,), each term with its own weight, or that of its kind; TinyBERT's are all 1."""
-    return torch.stack([weights.get(name, weights.get(name.partition("/")[0])) * x for name, x in terms.items()]).sum(0)
+    return torch.stack([weights.get(name, weights.get(name.partition("/")[0], 0.0)) * x for name, x in terms.items()]).sum(0)
 
 
 def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:

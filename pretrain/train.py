@@ -7,7 +7,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain import checkpoint, pictures
+from pretrain import checkpoint
 from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.monitor import Monitor, Window
 from pretrain.objective import distil, weighted
+from pretrain.pictures import attention, similarity
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
@@ -200,20 +201,23 @@ class Run:
     def _tensors(self, batch: Batch) -> list[Tensor]:
         return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in (batch.ids, batch.segments, batch.real)]
 
-    def _losses(self, batch: Batch, window: Window, look: Callable = lambda *_: {}) -> Iterator[tuple[Engine, Tensor]]:
-        """One teacher pass, every student in turn: each one's loss by row.  It, its terms and what `look` finds are added up."""
+    def _losses(self, batch: Batch, window: Window, held_out: bool = False) -> Iterator[tuple[Engine, Tensor]]:
+        """One teacher pass, every student in turn: each one's loss by row.  It and all terms are added to the window."""
         ids, segments, real = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe
+        kinds = [*recipe.weights] + ["cosine"] * (held_out and not recipe.cosine)
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
         for engine in self.engines:
-            layers, traces = self.plan.layers[engine.name], (engine(ids, segments, mask), teacher, real)
-            seen = look(engine, *traces, layers)
-            terms = distil(*traces, layers, recipe.weights, relation_heads=recipe.relation_heads,
+            layers, student = self.plan.layers[engine.name], engine(ids, segments, mask)
+            if held_out and self.monitor and batch is self.held_out[0]:
+                self.monitor.show(self.step, {self._named(engine, "attention"): attention(student, teacher, real, layers),
+                                              self._named(engine, "similarity"): similarity(student, teacher, real)})
+            terms = distil(student, teacher, real, layers, kinds, relation_heads=recipe.relation_heads,
                            padded=recipe.normalize == "padded")
-            del traces  # what the backward pass does not need may go
+            del student  # what the backward pass does not need may go
             losses = weighted(terms, self.plan.weights[engine.name])
-            window.add({self._named(engine, name): value for name, value in {**terms, **seen, "loss": losses}.items()})
+            window.add({self._named(engine, name): value for name, value in {**terms, "loss": losses}.items()})
             yield engine, losses
         window.rows += len(batch.ids)
         window.tokens += int(batch.real.sum())
@@ -246,14 +250,7 @@ class Run:
         for engine in self.engines:
             engine.module.eval()
         for batch in self.held_out:
-            list(self._losses(batch, seen, partial(self._compare, self.monitor and batch is self.held_out[0])))
+            list(self._losses(batch, seen, held_out=True))
         for engine in self.engines:
             engine.module.train()
         return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}
-
-    def _compare(self, show: bool, engine: Engine, *traces) -> dict[str, Tensor]:
-        """Figures of how like the teacher each layer is, by row; pictures of it too, where asked for."""
-        if show:
-            self.monitor.show(self.step, {self._named(engine, "attention"): pictures.attention(*traces),
-                                          self._named(engine, "similarity"): pictures.similarity(*traces[:3])})
-        return pictures.cosines(*traces)

@@ -9,7 +9,7 @@ from runs import SETTINGS, SMALL, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.objective import Trace
-from pretrain.pictures import attention, cosines, similarity
+from pretrain.pictures import attention, similarity
 
 LAYERS = [2, 4]
 
@@ -27,8 +27,6 @@ def real() -> torch.Tensor:
 
 def test_a_teacher_is_like_itself(real):
     teacher = traced(4, seed=0)
-    for x in cosines(teacher, teacher, real, [1, 2, 3, 4]).values():
-        torch.testing.assert_close(x, torch.ones(3))
     torch.testing.assert_close(similarity(teacher, teacher, real).diagonal(), torch.zeros(5), atol=1e-5, rtol=0)
 
 
@@ -45,16 +43,6 @@ def test_similarity_is_linear_cka_of_the_real_tokens(real):
     for x in (*student.hidden, *teacher.hidden):
         x[~real] = 1e6
     np.testing.assert_allclose(similarity(student, teacher, real), right, atol=1e-5)
-
-
-def test_cosines_are_those_of_the_mapped_layers(real):
-    student, teacher = traced(2, seed=1), traced(4, seed=2)
-    found = cosines(student, teacher, real, LAYERS)
-    assert list(found) == ["teacher_cosine/0", "teacher_cosine/1", "teacher_cosine/2"]
-    for (m, n), got in zip(((0, 0), (1, 2), (2, 4)), found.values()):
-        for row in range(3):
-            a, b = (x.hidden[i][row, real[row]].double() for x, i in ((student, m), (teacher, n)))
-            assert got[row].item() == pytest.approx(((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).mean().item(), abs=1e-5)
 
 
 def test_attention_stands_head_beside_head(real):
@@ -79,7 +67,7 @@ def test_what_the_board_of_a_run_holds(one_rank):
     assert health == {f"1 health/{name}" for name in ("loss", "held_out/loss", "grad_norm", "lr", "rows/s", "tokens/s",
                                                       "data_wait", "memory_GB")}
     assert sorted(tags["scalars"])[:len(health)] == sorted(health)  # they come first
-    assert {"2 terms/attention/2", "2 terms/embedding", "3 held-out rows/held_out/teacher_cosine/2",
+    assert {"2 terms/attention/2", "2 terms/embedding", "3 held-out rows/held_out/cosine/2",
             "3 held-out rows/held_out/hidden/1"} <= {*tags["scalars"]}
     for picture in ("attention", "similarity"):
         assert [event.step for event in board.Images(f"3 held-out rows/{picture}")] == [0, 3, 6]
