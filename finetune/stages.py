@@ -142,7 +142,7 @@ class Run:
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
         teacher, name, given, count = self.teacher().encoder, str(self.out / "teacher"), self.given, len(self.train)
-        origins, new, figures = augment.augmented(self.train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
+        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm, given.glove)
         rows = data.Rows(auto_tokenizer(name), [*self.train, *new], self.settings.length)
         said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
         labels = [self.labels[n] for n in (*rows.labels[:count].tolist(), *said[count:].tolist())]
