@@ -1,5 +1,6 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,10 @@ class Pair(NamedTuple):
     label: int
 
 
-def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:  # columns: of one or two texts, of the label
-    """The rows of a .csv, a .parquet or, in GLUE's layout (tabs, no quotes), any other file.  ValueError names the row; a header is row 1."""
+def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
+    """The rows of a .csv, a .parquet or any other file (GLUE's tabs, no quotes); ValueError names file and row.
+
+    `columns` are the names of one or two texts and of the label."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
     header = path.suffix != ".parquet"
@@ -42,7 +45,7 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
         if not table.num_rows:
             raise ValueError("a header and no rows")
         pairs, fields = [], [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
-        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
+        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):  # a header is row 1
             if label not in labels:
                 wrong = f"unknown label {label!r}" if label else "no label"
                 raise ValueError(f"row {number}: {wrong}; write {' or '.join(labels)}")
@@ -56,8 +59,7 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
 
 def tsv(rows: Iterable[Iterable]) -> bytes:
     """A header and rows in GLUE's layout; a text's tabs and line ends become spaces."""
-    blanks = str.maketrans("\t\r\n", "   ")
-    return "".join("\t".join(str(field).translate(blanks) for field in row) + "\n" for row in rows).encode()
+    return "".join("\t".join(re.sub(r"[\t\r\n]", " ", str(field)) for field in row) + "\n" for row in rows).encode()
 
 
 def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS) -> tuple[list[Pair], list[Pair]]:

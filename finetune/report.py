@@ -1,7 +1,6 @@
 """How good and how fast the classifiers are and where they err: measured, and as tables."""
 
 import math
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -75,7 +74,7 @@ def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas
 
 def errors(table: pandas.DataFrame, names: list[str]) -> dict:
     """`errors`: tables of rows and each model's share of errors by question word, length, overlap; `worst`: rows to read."""
-    words = [[set(re.findall(r"\w+", text)) for text in column.str.lower()] for column in (table.question, table.sentence)]
+    words = [column.str.lower().str.findall(r"\w+").map(set) for column in (table.question, table.sentence)]
     shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
     groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
               "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
@@ -104,9 +103,7 @@ def text(report: dict) -> str:
             "model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
             "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
     made = report["stages"].get("augment", {}).get("figures")
-    words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
-             "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
-             ).format_map(made) if made else ""
+    words = f" ({made['rows']:,} of them new, {made['other_label']:.1%} labelled otherwise than their originals)" if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
             f"{report['device']}.")
