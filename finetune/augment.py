@@ -124,5 +124,5 @@ def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: s
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
     return *map(list, zip(*rows, strict=True)), {
-        "mlm": mlm or "no masked LM", "words_by_mlm": len(by_mlm), "neighbours": glove or "the teacher's input embeddings",
-        "words_by_neighbours": len(by_neighbours)}
+        "words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours),
+        "neighbours": glove or "the teacher's input embeddings"}

@@ -25,9 +25,7 @@ class Pair(NamedTuple):
 
 
 def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
-    """The rows of a .csv, a .parquet or any other file (GLUE's tabs, no quotes); ValueError names file and row.
-
-    `columns` are the names of one or two texts and of the label."""
+    """The rows of a .csv, a .parquet or any other file (tabs, no quotes): one or two texts, a label; ValueError names the row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
     header = path.suffix != ".parquet"

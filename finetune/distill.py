@@ -55,14 +55,13 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, labels: t
 def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) -> Student:
     """A classifier; its projection to another width is that of general distillation where it fits, or drawn."""
     path = Path(name) / "projection.safetensors"
+    stored = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Student(model, teacher_width).to(model.device).eval()
-    if student.projection is not None and path.is_file():
-        found = load_file(path)
-        if found["weight"].shape == student.projection.weight.shape:
-            student.projection.load_state_dict(found)
-            print("  projection to the teacher's width: from general distillation")
+    if stored and student.projection is not None and stored["weight"].shape == student.projection.weight.shape:
+        student.projection.load_state_dict(stored)
+        print("  projection to the teacher's width: from general distillation")
     return student
 
 

@@ -65,7 +65,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Task distillation on QNLI: does a sentence answer a question?",
-        epilog=f"key=value settings: {', '.join(Settings.__dataclass_fields__)} (see finetune/qnli.py)")
+        epilog=f"key=value settings: {', '.join(vars(Settings()))} (see finetune/qnli.py)")
     parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")
@@ -86,12 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     given = options(argv)
     try:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
-        import transformers
-
         from finetune.stages import Run
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         text = Run(given, settings).run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

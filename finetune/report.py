@@ -16,7 +16,6 @@ from finetune.distill import each_row, logits, lowered
 
 SPEED_ROWS = {32: 128, 1: 32}  # of each measured batch size
 ROUNDS = 7  # of timing
-WORST = 20  # rows to read
 QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
@@ -83,7 +82,7 @@ def errors(table: pandas.DataFrame, names: list[str]) -> dict:
     counts = {"rows": "size"} | dict.fromkeys(names, "mean")
     rates = [wrong(key.rename(kind), observed=True).agg(counts).reset_index().astype({kind: str})
              for kind, key in groups.items()]
-    worst = table[table.student != table.gold].nlargest(WORST, "student_probability").reset_index()
+    worst = table[table.student != table.gold].nlargest(20, "student_probability").reset_index()
     return {"worst": worst.to_dict("records"), "errors": [rate.to_dict("records") for rate in rates]}
 
 
@@ -95,13 +94,11 @@ def grid(rows: list[dict]) -> str:
 
 def text(report: dict) -> str:
     """report.md from what report.json holds; what stands before its second heading is for the terminal."""
-    models = []
-    for f in report["models"]:
-        compared = {"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}
-        speed = {f"batch {size}": f"{rate:.0f}/s, {f['speed_ratio'][size]:.2f} x" for size, rate in f["rows_per_second"].items()}
-        models.append({
-            "model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
-            "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
+    models = [{"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
+               "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]),
+               **{key.replace("_", " "): f[key] for key in ("of_teacher", "agreement") if key in f},
+               **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
+              for f in report["models"]]
     made = report["stages"].get("augment", {}).get("figures")
     words = f" ({made['rows']:,} of them new, {made['other_label']:.1%} labelled otherwise than their originals)" if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "

@@ -45,16 +45,15 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
     try:
-        record = {"inputs": inputs, "figures": make(part), "files": sums(part)}
-    except BaseException:
-        shutil.rmtree(part)
-        raise
-    write_json(part / "stage.json", record)
-    if folder.exists():  # nothing is deleted
-        free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-        print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
-    part.rename(folder)
-    return record
+        found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+        write_json(part / "stage.json", found)
+        if folder.exists():  # nothing is deleted
+            free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found
 
 
 class Run:
@@ -99,7 +98,7 @@ class Run:
     def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}, "predictions": {}}
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
@@ -133,6 +132,7 @@ class Run:
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
         model = distill.open_classifier(self.out / "teacher", self.seed, self.device, self.labels).requires_grad_(False)
+        check_trace(model)
         return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
@@ -160,9 +160,6 @@ class Run:
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
         teacher = self.teacher() if layered or "soft" in weights else None
         student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
-        if layered:
-            check_trace(teacher.encoder)
-            print(f"  student layers 1 to {len(self.layers)} imitate the teacher's layers {', '.join(map(str, self.layers))}")
         loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
         measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
         curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
