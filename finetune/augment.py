@@ -35,10 +35,9 @@ def places(pair: Pair, special: list[str]) -> list[list[tuple[str, int, int, str
 
 def whole_words(name: str) -> dict[int, str]:
     """The pieces of a vocabulary that are words of lower-case letters, by ascending id."""
-    vocabulary = open_tokenizer(name)
-    pieces = sorted((number, token.lstrip("\u2581\u0120")) for token, number in auto_tokenizer(name).get_vocab().items()
-                    if vocabulary.begins_word[number] and vocabulary.may_replace[number])
-    return {number: word for number, word in pieces if word.isalpha() and word.islower()}
+    pieces = sorted((number, token.lstrip("\u2581\u0120")) for token, number in auto_tokenizer(name).get_vocab().items())
+    fit = (vocabulary := open_tokenizer(name)).begins_word & vocabulary.may_replace
+    return {number: word for number, word in pieces if fit[number] and word.isalpha() and word.islower()}
 
 
 def open_mlm(name: str) -> nn.Module:
@@ -118,7 +117,7 @@ def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: s
         table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
         means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]
         choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
-        known = pandas.DataFrame(np.reshape(means, (len(rest), table_VD.shape[1])), rest)
+        known = pandas.DataFrame(means, rest, choice.columns)
     close = near(known, choice, k)
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):

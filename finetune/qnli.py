@@ -88,11 +88,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         from finetune.stages import Run
 
-        text = Run(given, settings).run()
+        table, cut, _ = Run(given, settings).run().partition("\n\n## ")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    table, cut = text.partition("\n\n## ")[:2]
     print(f"\n{table}\n\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if cut else "done")
     return 0
 

@@ -22,17 +22,16 @@ QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 @torch.inference_mode()
 def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataFrame:
     """Rows a second of each model from host to host (bfloat16 on a GPU), a line a round of turns: a busy machine slows all."""
-    numbers, rounds = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))], []
-    batches = {name: [rows.batch(numbers[n:n + size]) for n in numbers[::size]] for name, (_, rows) in models.items()}
-    for _ in range(1 + ROUNDS):
-        rounds.append({})
-        for name, (model, _) in models.items():
-            started = time.perf_counter()
-            with lowered(model.device, model.device.type == "cuda"):
-                for batch in batches[name]:
-                    logits(model, batch.copy().to(model.device)).cpu()
-            rounds[-1][name] = len(numbers) / (time.perf_counter() - started)
-    return pandas.DataFrame(rounds[1:])  # the first one warms up
+    numbers = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))]
+    turns = [(name, model, [rows.batch(numbers[n:n + size]) for n in numbers[::size]]) for name, (model, rows) in models.items()]
+    rounds = {name: [] for name in models}
+    for name, model, batches in turns * (1 + ROUNDS):
+        started = time.perf_counter()
+        with lowered(model.device, model.device.type == "cuda"):
+            for batch in batches:
+                logits(model, batch.copy().to(model.device)).cpu()
+        rounds[name].append(len(numbers) / (time.perf_counter() - started))
+    return pandas.DataFrame(rounds)[1:]  # the first one warms up
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -79,11 +78,10 @@ def errors(table: pandas.DataFrame, names: list[str]) -> dict:
               "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
               "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
     wrong = table[names].ne(table.gold, axis=0).assign(rows=1).groupby
-    counts = {"rows": "size"} | dict.fromkeys(names, "mean")
-    rates = [wrong(key.rename(kind), observed=True).agg(counts).reset_index().astype({kind: str})
-             for kind, key in groups.items()]
+    rates = [wrong(key.rename(kind), observed=True).agg({"rows": "size"} | dict.fromkeys(names, "mean"))
+             .reset_index().astype({kind: str}).to_dict("records") for kind, key in groups.items()]
     worst = table[table.student != table.gold].nlargest(20, "student_probability").reset_index()
-    return {"worst": worst.to_dict("records"), "errors": [rate.to_dict("records") for rate in rates]}
+    return {"worst": worst.to_dict("records"), "errors": rates}
 
 
 def grid(rows: list[dict]) -> str:
@@ -102,8 +100,7 @@ def text(report: dict) -> str:
     made = report["stages"].get("augment", {}).get("figures")
     words = f" ({made['rows']:,} of them new, {made['other_label']:.1%} labelled otherwise than their originals)" if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
-            f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
-            f"{report['device']}.")
+            f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
              for row in report["worst"]]
     return "\n\n".join(["# QNLI", grid(models), said, "## Shares of errors", *map(grid, report["errors"]),

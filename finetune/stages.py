@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -151,8 +150,8 @@ class Run:
     def fit(self, stage: str, part: Path) -> dict:
         """A trained classifier, or a teacher that is one already: the epoch best on dev rows, of layers the last."""
         settings, layered = self.settings, stage == "layers" or (stage, self.settings.method) == ("predictions", "joint")
-        source = str({"teacher": self.given.teacher, "predictions": self.records.get("layers") and self.out / "layers"}.get(stage)
-                     or self.given.student)
+        source = str(self.given.teacher if stage == "teacher" else
+                     self.out / "layers" if "layers" in self.records else self.given.student)
         model, dev = self.opened(source)
         train = data.Rows(dev.tokenizer, self.train, settings.length)
         known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
@@ -178,7 +177,7 @@ class Run:
             return report.text(found)
         print("report: accuracy and speed", flush=True)
         device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
-                  f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
+                  f"CPU, {torch.get_num_threads()} thread(s), float32")
         own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
         places = {full: str(self.out / name) for name, full in own.items()} | {Path(n).name: n for n in self.given.compare}
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
