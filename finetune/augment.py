@@ -1,7 +1,4 @@
-"""TinyBERT's augmentation (arXiv 1909.10351, Algorithm 1): new rows, in which some words stand for likely or near ones.
-
-Changed are words of three or more lower-case letters and nothing else, so that numbers, names (a capital letter), compounds
-and special tokens stay; but none in STOP, and none that is, with a capital, a name elsewhere in its row."""
+"""TinyBERT's augmentation (arXiv 1909.10351, Algorithm 1): new rows, in which some words stand for likely or near ones."""
 
 import csv
 import re
@@ -11,9 +8,7 @@ import numpy as np
 import pandas
 import torch
 from torch import nn
-from torch.nn.functional import normalize
 from transformers import AutoModelForMaskedLM
-from transformers.modeling_outputs import BaseModelOutput
 
 from finetune.data import Pair
 from finetune.distill import logits
@@ -30,20 +25,19 @@ very was were what when where whether which while who whom whose why will with w
 
 
 def places(pair: Pair, special: list[str]) -> list[list[tuple[str, int, int, str]]]:
-    """(text, start, end, word) of every word that may change: of the question's, of the sentence's."""
-    pattern = "|".join([*map(re.escape, special), r"[\w'’-]+"])
+    """(text, start, end, word) of the question's and the sentence's words of three or more lower-case letters, not in STOP."""
+    pattern = "|".join([*map(re.escape, special), r"[\w'’-]+"])  # a compound is one word, so it stays
     found = [[(text, *match.span(), match[0]) for match in re.finditer(pattern, text)] for text in pair[:2]]
-    left = STOP.union(place[3].lower() for words in found for place in words[1:] if not place[3].islower())
+    left = STOP.union(place[3].lower() for words in found for place in words[1:] if not place[3].islower())  # names stay
     return [[place for place in words if len(word := place[3]) > 2 and word.isalpha() and word.islower() and word not in left]
             for words in found]
 
 
 def whole_words(name: str) -> dict[int, str]:
     """The pieces of a vocabulary that are words of lower-case letters, by ascending id."""
-    vocabulary, ids = open_tokenizer(name), auto_tokenizer(name).get_vocab()
-    fit = vocabulary.begins_word & vocabulary.may_replace
-    words = {ids[token]: token.lstrip("\u2581\u0120") for token in sorted(ids, key=ids.get) if fit[ids[token]]}
-    return {number: word for number, word in words.items() if word.isalpha() and word.islower()}
+    pieces = sorted((number, token.lstrip("\u2581\u0120")) for token, number in auto_tokenizer(name).get_vocab().items())
+    fit = (vocabulary := open_tokenizer(name)).begins_word & vocabulary.may_replace
+    return {number: word for number, word in pieces if fit[number] and word.isalpha() and word.islower()}
 
 
 def open_mlm(name: str) -> nn.Module:
@@ -52,22 +46,19 @@ def open_mlm(name: str) -> nn.Module:
 
 
 @torch.inference_mode()
-def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple, list[str]]:
-    """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece.
-
-    It reads the text with that word masked, then the text as it is (so the reference); a word behind its length has no answer."""
-    tokenizer, words, answers = auto_tokenizer(name), whole_words(name), {}
+def likely(model: nn.Module, asked: set[tuple], k: int) -> dict[tuple, list[str]]:
+    """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece within its length."""
+    tokenizer, words, answers = auto_tokenizer(model.name_or_path), whole_words(model.name_or_path), {}
     mask, single, allowed = tokenizer.mask_token, {*words.values()}, torch.tensor(list(words), device=model.device)
     asked = sorted((one for one in asked if one[3] in single and mask not in one[0]), key=lambda one: (len(one[0]), one))
-    for some in (asked[n:n + BATCH] for n in range(0, len(asked), BATCH)):
+    for some in (asked[n:n + BATCH] for n in range(0, len(asked), BATCH)):  # read: the text masked, then the text
         batch = tokenizer([f"{text[:start]}{mask}{text[end:]}" for text, start, end, _ in some], [text for text, *_ in some],
                           truncation=True, max_length=longest_row(model.config), padding=True, return_token_type_ids=True,
                           return_tensors="pt").to(model.device)
         rows, at = (batch.input_ids == tokenizer.mask_token_id).nonzero(as_tuple=True)
-        hook = model.base_model.register_forward_hook(  # the head sees the masked positions alone
-            lambda _, __, out: BaseModelOutput(out.last_hidden_state[rows, at][:, None]))  # noqa: B023
-        best = allowed[logits(model, batch)[:, 0, allowed].topk(min(k, len(words))).indices].sort().values
-        hook.remove()
+        with model.base_model.register_forward_hook(  # the head sees the masked positions alone
+                lambda _, __, out: type(out)(out.last_hidden_state[rows, at][:, None])):  # noqa: B023
+            best = allowed[logits(model, batch)[:, 0, allowed].topk(min(k, len(words))).indices].sort().values
         answers |= {some[n]: [words[number] for number in row] for n, row in zip(rows.tolist(), best.tolist(), strict=True)}
     return answers
 
@@ -80,24 +71,23 @@ def read_glove(path: str) -> pandas.DataFrame:
     except (OSError, ValueError) as error:
         raise ValueError(f"glove {path}: {error}; each line must be a word and its numbers") from None
     table = table.apply(pandas.to_numeric, errors="coerce")
-    if table.empty or not (good := np.isfinite(table).all(axis=1)).all():
-        line = 1 if table.empty else 1 + good.argmin()
-        raise ValueError(f"glove {path}, line {line}: each line must be a word and as many numbers as the first line has")
+    good = np.isfinite(table).all(axis=1) & bool(table.shape[1])
+    if not good.all():
+        raise ValueError(f"glove {path}, line {1 + good.argmin()}: each line must be a word and as many numbers "
+                         "as the first line has")
     return table[~table.index.duplicated()]
 
 
 def near(known: pandas.DataFrame, choice: pandas.DataFrame, k: int) -> dict[str, list[str]]:
     """The k words of `choice` nearest to each known one by the cosine of their vectors, without the word itself."""
-    known_VD, choice_VD = (normalize(torch.tensor(table.to_numpy(np.float32))) for table in (known, choice))
+    known_VD, choice_VD = (nn.functional.normalize(torch.tensor(table.to_numpy(np.float32))) for table in (known, choice))
     best = [(some @ choice_VD.T).topk(min(k + 1, len(choice))).indices for some in known_VD.split(POOL)]
     return {word: [other for other in choice.index[row] if other != word][:k]
             for word, row in zip(known.index, torch.cat(best).tolist(), strict=True)}
 
 
 def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], settings, seed: int) -> Iterator[tuple[int, Pair]]:
-    """(number of the origin, row with its origin's label), each once and none of the given ones.
-
-    A text's draws are its own, from (seed, row, text): they depend on no batch.  `found`: each row's places; options: theirs."""
+    """(origin's number, row with its label), each once and none of the given; `found`: each row's places, options: theirs."""
     seen = {pair[:2] for pair in pairs}
     for row, (pair, sides) in enumerate(zip(pairs, found, strict=True)):
         for side, (text, places) in enumerate(zip(pair[:2], sides, strict=True)):
@@ -113,25 +103,25 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
                     yield row, new
 
 
-def augmented(pairs: list[Pair], teacher: nn.Module, name: str, settings, seed: int, mlm: str | None, glove: str | None) -> tuple:
-    """Numbers of origins, new rows with their origins' labels, where the words came from; `name` is the teacher's folder."""
-    tokenizer, k = auto_tokenizer(name), settings.augment_k
+def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: str | None, glove: str | None) -> tuple:
+    """Numbers of origins, new rows with their origins' labels, where the words came from."""
+    tokenizer, k = auto_tokenizer(teacher.name_or_path), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
     asked = {place for sides in found for words in sides for place in words}
-    by_mlm = likely(open_mlm(mlm).to(teacher.device), mlm, asked, k) if mlm else {}
+    by_mlm = likely(open_mlm(mlm).to(teacher.device), asked, k) if mlm else {}
     rest = sorted({word for *_, word in asked - by_mlm.keys()})
     if glove:
         table = read_glove(glove)
         known, choice = table[table.index.isin(rest)], table[[word.isalpha() and word.islower() for word in table.index]]
     else:  # a word of several pieces is their mean
-        table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(name)
+        table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
         means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]
         choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
-        known = pandas.DataFrame(np.reshape(means, (len(rest), table_VD.shape[1])), rest)
+        known = pandas.DataFrame(means, rest, choice.columns)
     close = near(known, choice, k)
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
     return *map(list, zip(*rows, strict=True)), {
-        "mlm": mlm or "no masked LM", "words_by_mlm": len(by_mlm), "neighbours": glove or "the teacher's input embeddings",
-        "words_by_neighbours": len(by_neighbours)}
+        "words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours),
+        "neighbours": glove or "the teacher's input embeddings"}

@@ -25,9 +25,7 @@ class Pair(NamedTuple):
 
 
 def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
-    """The rows of a .csv, a .parquet or, in GLUE's layout (tabs, quotes having no meaning), any other file.
-
-    `columns` are the names of one or two texts and of the label.  ValueError names file and row; a header is row 1."""
+    """The rows of a .csv, a .parquet or any other file (tabs, no quotes): one or two texts, a label; ValueError names the row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
     header = path.suffix != ".parquet"
@@ -45,7 +43,7 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
         if not table.num_rows:
             raise ValueError("a header and no rows")
         pairs, fields = [], [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]
-        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):
+        for number, (*texts, label) in enumerate(zip(*fields, strict=True), start=1 + header):  # a header is row 1
             if label not in labels:
                 wrong = f"unknown label {label!r}" if label else "no label"
                 raise ValueError(f"row {number}: {wrong}; write {' or '.join(labels)}")

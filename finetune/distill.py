@@ -1,8 +1,5 @@
-"""Classifiers with our labels in our order, and the loss and the loop that train teacher, layers and predictions.
+"""Classifiers with our labels in our order, and the loss and the loop that train them.  Letters: B rows, C labels."""
 
-Letters: B rows, C labels.  A batch is what finetune.data.Rows.batch gives; a loss is one number a row (B,)."""
-
-import copy
 import math
 import re
 from collections.abc import Callable
@@ -58,14 +55,13 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, labels: t
 def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) -> Student:
     """A classifier; its projection to another width is that of general distillation where it fits, or drawn."""
     path = Path(name) / "projection.safetensors"
+    stored = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Student(model, teacher_width).to(model.device).eval()
-    if student.projection is not None and path.is_file():
-        found = load_file(path)
-        if found["weight"].shape == student.projection.weight.shape:
-            student.projection.load_state_dict(found)
-            print("  projection to the teacher's width: from general distillation")
+    if stored and student.projection is not None and stored["weight"].shape == student.projection.weight.shape:
+        student.projection.load_state_dict(stored)
+        print("  projection to the teacher's width: from general distillation")
     return student
 
 
@@ -103,9 +99,7 @@ def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: to
 
 
 def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
-    """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,).
-
-    Soft: KL(teacher || student), summed over labels, no T^2; `prediction=tinybert`: cross-entropy, mean over labels."""
+    """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,)."""
     kinds, said, traces = {kind: weights[kind] for kind in TERMS if weights.get(kind)}, [], []
     real = batch.attention_mask.bool()
     for model in (student, teacher) if teacher else (student,):
@@ -116,7 +110,7 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
     if teacher:
         s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in said)
         soft = (-(t_BC.exp() * s_BC).mean(-1) if settings.prediction == "tinybert" else
-                F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))
+                F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))  # KL(teacher || student), no T^2
         loss = loss + weights.get("soft", 0.0) * soft
     return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
 
@@ -152,6 +146,6 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             curve.append({"epoch": epoch, "loss": mean_loss, figure: measure()})
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
             if stage != "layers" and curve[-1] is max(curve, key=lambda line: line[figure]):
-                kept = copy.deepcopy(model.state_dict())
+                kept = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(kept or model.state_dict())
     return curve

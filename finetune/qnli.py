@@ -1,10 +1,7 @@
-"""The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked.
-
-    python finetune/qnli.py --teacher bert-base-uncased --student runs/general/students/tiny4 --data glue"""
+"""The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked."""
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -68,7 +65,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Task distillation on QNLI: does a sentence answer a question?",
-        epilog=f"key=value settings: {', '.join(asdict(Settings()))} (see finetune/qnli.py)")
+        epilog=f"key=value settings: {', '.join(vars(Settings()))} (see finetune/qnli.py)")
     parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")
@@ -89,17 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     given = options(argv)
     try:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
-        import transformers
-
         from finetune.stages import Run
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        text = Run(given, settings).run()
+        table, cut, _ = Run(given, settings).run().partition("\n\n## ")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    table, cut = text.partition("\n\n## ")[:2]
     print(f"\n{table}\n\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if cut else "done")
     return 0
 

@@ -1,7 +1,6 @@
 """How good and how fast the classifiers are and where they err: measured, and as tables."""
 
 import math
-import re
 import time
 from functools import partial
 from pathlib import Path
@@ -17,24 +16,22 @@ from finetune.distill import each_row, logits, lowered
 
 SPEED_ROWS = {32: 128, 1: 32}  # of each measured batch size
 ROUNDS = 7  # of timing
-WORST = 20  # rows to read
 QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
 @torch.inference_mode()
 def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataFrame:
     """Rows a second of each model from host to host (bfloat16 on a GPU), a line a round of turns: a busy machine slows all."""
-    numbers, rounds = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))], []
-    batches = {name: [rows.batch(numbers[n:n + size]) for n in numbers[::size]] for name, (_, rows) in models.items()}
-    for _ in range(1 + ROUNDS):
-        rounds.append({})
-        for name, (model, _) in models.items():
-            started = time.perf_counter()
-            with lowered(model.device, model.device.type == "cuda"):
-                for batch in batches[name]:
-                    logits(model, batch.copy().to(model.device)).cpu()
-            rounds[-1][name] = len(numbers) / (time.perf_counter() - started)
-    return pandas.DataFrame(rounds[1:])  # the first one warms up
+    numbers = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))]
+    turns = [(name, model, [rows.batch(numbers[n:n + size]) for n in numbers[::size]]) for name, (model, rows) in models.items()]
+    rounds = {name: [] for name in models}
+    for name, model, batches in turns * (1 + ROUNDS):
+        started = time.perf_counter()
+        with lowered(model.device, model.device.type == "cuda"):
+            for batch in batches:
+                logits(model, batch.copy().to(model.device)).cpu()
+        rounds[name].append(len(numbers) / (time.perf_counter() - started))
+    return pandas.DataFrame(rounds)[1:]  # the first one warms up
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -75,17 +72,16 @@ def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas
 
 def errors(table: pandas.DataFrame, names: list[str]) -> dict:
     """`errors`: tables of rows and each model's share of errors by question word, length, overlap; `worst`: rows to read."""
-    words = [[set(re.findall(r"\w+", text)) for text in column.str.lower()] for column in (table.question, table.sentence)]
+    words = [column.str.lower().str.findall(r"\w+").map(set) for column in (table.question, table.sentence)]
     shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
     groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
               "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
               "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
     wrong = table[names].ne(table.gold, axis=0).assign(rows=1).groupby
-    counts = {"rows": "size"} | dict.fromkeys(names, "mean")
-    rates = [wrong(key.rename(kind), observed=True).agg(counts).reset_index().astype({kind: str})
-             for kind, key in groups.items()]
-    worst = table[table.student != table.gold].nlargest(WORST, "student_probability").reset_index()
-    return {"worst": worst.to_dict("records"), "errors": [rate.to_dict("records") for rate in rates]}
+    rates = [wrong(key.rename(kind), observed=True).agg({"rows": "size"} | dict.fromkeys(names, "mean"))
+             .reset_index().astype({kind: str}).to_dict("records") for kind, key in groups.items()]
+    worst = table[table.student != table.gold].nlargest(20, "student_probability").reset_index()
+    return {"worst": worst.to_dict("records"), "errors": rates}
 
 
 def grid(rows: list[dict]) -> str:
@@ -96,20 +92,15 @@ def grid(rows: list[dict]) -> str:
 
 def text(report: dict) -> str:
     """report.md from what report.json holds; what stands before its second heading is for the terminal."""
-    models = []
-    for f in report["models"]:
-        compared = {"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}
-        speed = {f"batch {size}": f"{rate:.0f}/s, {f['speed_ratio'][size]:.2f} x" for size, rate in f["rows_per_second"].items()}
-        models.append({
-            "model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
-            "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]), **compared, **speed})
+    models = [{"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
+               "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]),
+               **{key.replace("_", " "): f[key] for key in ("of_teacher", "agreement") if key in f},
+               **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
+              for f in report["models"]]
     made = report["stages"].get("augment", {}).get("figures")
-    words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
-             "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
-             ).format_map(made) if made else ""
+    words = f" ({made['rows']:,} of them new, {made['other_label']:.1%} labelled otherwise than their originals)" if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
-            f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
-            f"{report['device']}.")
+            f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
              for row in report["worst"]]
     return "\n\n".join(["# QNLI", grid(models), said, "## Shares of errors", *map(grid, report["errors"]),

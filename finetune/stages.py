@@ -3,11 +3,9 @@
 import hashlib
 import itertools
 import json
-import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import augment, data, distill, report
-from finetune.distill import each_row
 from finetune.qnli import METHODS
 from pretrain.checkpoint import differences
 from pretrain.encoder import check_trace, longest_row, model_config
@@ -47,23 +44,21 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)
     try:
-        record = {"inputs": inputs, "figures": make(part), "files": sums(part)}
-    except BaseException:
-        shutil.rmtree(part)
-        raise
-    write_json(part / "stage.json", record)
-    if folder.exists():  # nothing is deleted
-        free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
-        print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
-    part.rename(folder)
-    return record
+        found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+        write_json(part / "stage.json", found)
+        if folder.exists():  # nothing is deleted
+            free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return found
 
 
 class Run:
-    """What every stage is given, read and checked, and how each one fills its folder."""
+    """What every stage is given, read and checked before a model trains, and how each one fills its folder."""
 
     def __init__(self, given: Namespace, settings):
-        """ValueError for anything a person got wrong, before a model trains."""
         self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
         self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
         if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:
@@ -102,17 +97,16 @@ class Run:
     def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}, "predictions": {}}
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
         make = self.augment if name == "augment" else partial(self.fit, name)
         self.records[folder] = stage(self.out / folder, inputs, make if name in self.wanted else None)
         reached = self.records[folder]["figures"].get("dev_accuracy")
-        if name == "teacher" and reached < self.settings.min_teacher:
-            raise ValueError(f"teacher {given.teacher}: dev accuracy {reached:.1%} is below "
-                             f"min_teacher={self.settings.min_teacher}: a student would learn its mistakes. Train it longer "
-                             "(teacher_epochs=, teacher_lr=), give another one, or write min_teacher=0")
+        if name == "teacher" and reached < (least := self.settings.min_teacher):
+            raise ValueError(f"teacher {given.teacher}: dev accuracy {reached:.1%} is below min_teacher={least}: a student "
+                             "would learn its mistakes; change teacher_epochs= or teacher_lr=, or write min_teacher=0")
         if name == "augment":
             self.train = data.read(self.out / folder / "train.tsv", self.columns, self.labels)
 
@@ -128,7 +122,7 @@ class Run:
 
     def mean(self, rows: data.Rows, function: Callable) -> float:
         """Of what a function of a batch gives for each row, computed as training computes."""
-        return each_row(function, rows, self.device, low=True).double().mean().item()
+        return distill.each_row(function, rows, self.device, low=True).double().mean().item()
 
     def accuracy(self, model, rows: data.Rows) -> float:
         """The share of rows that a classifier is right about."""
@@ -137,17 +131,18 @@ class Run:
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
         model = distill.open_classifier(self.out / "teacher", self.seed, self.device, self.labels).requires_grad_(False)
+        check_trace(model)
         return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
-        teacher, name, given, count = self.teacher().encoder, str(self.out / "teacher"), self.given, len(self.train)
-        origins, new, figures = augment.augmented(self.train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
-        rows = data.Rows(auto_tokenizer(name), [*self.train, *new], self.settings.length)
-        said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
-        labels = [self.labels[n] for n in (*rows.labels[:count].tolist(), *said[count:].tolist())]
-        texts = [pair[:len(self.columns) - 1] for pair in (*self.train, *new)]
-        lines = [(number, *pair, label) for number, pair, label in zip((*range(count), *origins), texts, labels, strict=True)]
+        teacher, given, count = self.teacher().encoder, self.given, len(self.train)
+        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm, given.glove)
+        rows = data.Rows(auto_tokenizer(teacher.name_or_path), [*self.train, *new], self.settings.length)
+        said = distill.each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
+        labels = [*rows.labels[:count], *said[count:]]
+        lines = [(number, *pair[:len(self.columns) - 1], self.labels[label])
+                 for number, pair, label in zip((*range(count), *origins), (*self.train, *new), labels, strict=True)]
         write(part / "train.tsv", data.tsv([("index", *self.columns), *lines]))
         return figures | {"rows": len(new), "other_label": (said[count:] != said[origins]).double().mean().item(),
                           "teacher_not_gold": (said != rows.labels)[:count].double().mean().item()}
@@ -155,8 +150,8 @@ class Run:
     def fit(self, stage: str, part: Path) -> dict:
         """A trained classifier, or a teacher that is one already: the epoch best on dev rows, of layers the last."""
         settings, layered = self.settings, stage == "layers" or (stage, self.settings.method) == ("predictions", "joint")
-        source = str({"teacher": self.given.teacher, "predictions": self.records.get("layers") and self.out / "layers"}.get(stage)
-                     or self.given.student)
+        source = str(self.given.teacher if stage == "teacher" else
+                     self.out / "layers" if "layers" in self.records else self.given.student)
         model, dev = self.opened(source)
         train = data.Rows(dev.tokenizer, self.train, settings.length)
         known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
@@ -164,12 +159,7 @@ class Run:
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
         teacher = self.teacher() if layered or "soft" in weights else None
         student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
-        if layered:
-            check_trace(teacher.encoder)
-            print(f"  student layers 1 to {len(self.layers)} imitate the teacher's layers {', '.join(map(str, self.layers))}")
         loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
-        if known:
-            print(f"  {source} is a model of these labels already: not trained")
         measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
         curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
@@ -187,14 +177,14 @@ class Run:
             return report.text(found)
         print("report: accuracy and speed", flush=True)
         device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
-                  f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
+                  f"CPU, {torch.get_num_threads()} thread(s), float32")
         own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
         places = {full: str(self.out / name) for name, full in own.items()} | {Path(n).name: n for n in self.given.compare}
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
         answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
         found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
                  "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
-                 "settings": asdict(self.settings), **made_of}
+                 "settings": vars(self.settings), **made_of}
         wrong = answers[answers.right != " and ".join(own)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())

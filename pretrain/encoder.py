@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from pretrain.objective import Trace
 from shards.tokenizer import auto_tokenizer, fingerprint
@@ -44,6 +45,8 @@ def _mask(attention_mask=None, **given):
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
 
+logging.set_verbosity_error()  # it reports at length on poolers and heads that are not used here
+logging.disable_progress_bar()
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, _mask)  # without it padding is ignored in silence
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.utils import logging
 
 from pretrain.encoder import check_tokenizer, model_config
 from pretrain.engine import device_type, read_engine_file
@@ -37,8 +36,6 @@ class Plan:
 
 def resolve(given: Namespace) -> Plan:
     """Read and check every input, on every rank alike.  ValueError says what to write instead."""
-    logging.set_verbosity_error()  # it reports at length on a pooler that is not used here
-    logging.disable_progress_bar()
     recipe = override(Recipe(), given.settings)
     shapes = [parse_student(spec) for spec in given.student or ["tiny4"]]
     students = dict(shapes)

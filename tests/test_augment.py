@@ -37,8 +37,7 @@ def teacher(place):
 
 
 def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None, glove=None):
-    name = str(place / "teacher")
-    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, name, settings, seed, mlm and str(place / mlm),
+    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, settings, seed, mlm and str(place / mlm),
                              glove and str(place / glove))
 
 
@@ -91,7 +90,7 @@ def test_likely_words_are_those_of_the_whole_model_and_the_same_in_any_batch(pla
     name, pairs = str(place / "mlm"), [pair for seed in range(6, 12) for pair in made_up_pairs(8, seed)]
     texts = places_of(text for pair in pairs for text in pair[:2])
     model, tokenizer, words = augment.open_mlm(name), AutoTokenizer.from_pretrained(name), augment.whole_words(name)
-    found = augment.likely(model, name, texts, 4)
+    found = augment.likely(model, texts, 4)
     for (text, start, end, _), answer in found.items():
         inputs = tokenizer(f"{text[:start]}[MASK]{text[end:]}", text, return_tensors="pt")
         with torch.no_grad():
@@ -102,7 +101,7 @@ def test_likely_words_are_those_of_the_whole_model_and_the_same_in_any_batch(pla
     assert found.keys() == single and len(single) > 20
     for batch in (1, 7):
         monkeypatch.setattr(augment, "BATCH", batch)
-        assert augment.likely(model, name, texts, 4) == found
+        assert augment.likely(model, texts, 4) == found
 
 
 def test_each_word_of_a_text_is_asked_once_and_the_head_sees_it_alone(place):
@@ -112,7 +111,7 @@ def test_each_word_of_a_text_is_asked_once_and_the_head_sees_it_alone(place):
     text = " ".join(whole)
     model.cls.register_forward_hook(lambda _, given, out: seen.append(given[0].shape))
     pairs = [Pair(text, "Ba", 0), Pair(text, "Be", 1), Pair("Bi", text, 0)]
-    augment.likely(model, name, places_of(text for pair in pairs for text in pair[:2]), 2)
+    augment.likely(model, places_of(text for pair in pairs for text in pair[:2]), 2)
     assert seen == [(2, 1, 24)]
 
 
@@ -122,7 +121,7 @@ def test_a_long_text_is_cut_and_never_longer_than_the_model(place):
     word = next(word for word in augment.whole_words(name).values() if len(word) > 2)
     text = " ".join(["ba", word, *["be"] * 100, word])  # the second one stands behind the cut
     model.bert.embeddings.word_embeddings.register_forward_pre_hook(lambda _, given: longest.append(given[0]))
-    found = augment.likely(model, name, places_of([text]), 3)
+    found = augment.likely(model, places_of([text]), 3)
     ids, mask = longest[0], AutoTokenizer.from_pretrained(name).mask_token_id
     assert [place[:2] for place in found] == [(text, 3)] and ids.shape == (2, 64)
     assert (ids == mask).sum() == 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_finetune import CPU, imitation, made_up_pairs, rows_of, save_place
+from test_finetune import CPU, imitation, made_up_pairs, rows_of, save_model, save_place
 from test_qnli import run
 
 from finetune import distill, qnli
@@ -76,7 +76,8 @@ def test_predictions_as_tinybert_has_them_are_cross_entropies_meaned_over_labels
     torch.testing.assert_close(loss.double(), -(t * s.log()).mean(-1), rtol=1e-6, atol=0)
 
 
-def test_a_joint_run_makes_the_student_in_one_stage(place):
+def test_a_joint_run_makes_the_student_in_one_stage(place, capsys, tokenizer_folder):
+    save_model(place / "other", tokenizer_folder, width=16, layers=2, seed=2)
     out = place / "out"
     assert run(place, out, "method=joint") == 0
     assert sorted(path.name for path in out.iterdir()) == ["errors.tsv", "report.json", "report.md", "student", "teacher"]
@@ -87,6 +88,8 @@ def test_a_joint_run_makes_the_student_in_one_stage(place):
     assert figures["epochs"][0].keys() == {"epoch", "loss", "dev_accuracy"}
     written = json.loads((out / "report.json").read_text())
     assert [line["model"] for line in written["models"]] == ["teacher teacher", "student student"]
+    assert run(place, out, "method=joint", student="other") == 0  # another student: its stage is made again, the teacher's not
+    assert "student: makes" in (said := capsys.readouterr().out) and said.count("skipped") == 1
 
 
 def test_what_is_given_counts_more_than_what_joint_begins_with(place, monkeypatch):
