@@ -1,6 +1,5 @@
 """TinyBERT's augmentation (arXiv 1909.10351, Algorithm 1): new rows, in which some words stand for likely or near ones."""
 
-import csv
 import re
 from collections.abc import Iterator
 
@@ -15,7 +14,6 @@ from finetune.distill import logits
 from pretrain.encoder import longest_row, opened
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
-GLOVE_WORDS = 100_000  # read of a file that has more, the most frequent first: TinyBERT's number
 BATCH, POOL = 64, 1_000  # masked texts in one pass; words compared with all others at a time
 STOP = frozenset("""about above after again against all also among and any are because been before being below between both but
 can cannot could did does doing down during each either few for from further had has have having her here hers him himself his how
@@ -63,21 +61,6 @@ def likely(model: nn.Module, asked: set[tuple], k: int) -> dict[tuple, list[str]
     return answers
 
 
-def read_glove(path: str) -> pandas.DataFrame:
-    """The vector of each word, a line a word, of a text file whose lines are a word and its numbers."""
-    try:
-        table = pandas.read_csv(path, sep=" ", header=None, index_col=0, quoting=csv.QUOTE_NONE, nrows=GLOVE_WORDS,
-                                dtype={0: str}, keep_default_na=False, skip_blank_lines=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"glove {path}: {error}; each line must be a word and its numbers") from None
-    table = table.apply(pandas.to_numeric, errors="coerce")
-    good = np.isfinite(table).all(axis=1) & bool(table.shape[1])
-    if not good.all():
-        raise ValueError(f"glove {path}, line {1 + good.argmin()}: each line must be a word and as many numbers "
-                         "as the first line has")
-    return table[~table.index.duplicated()]
-
-
 def near(known: pandas.DataFrame, choice: pandas.DataFrame, k: int) -> dict[str, list[str]]:
     """The k words of `choice` nearest to each known one by the cosine of their vectors, without the word itself."""
     known_VD, choice_VD = (nn.functional.normalize(torch.tensor(table.to_numpy(np.float32))) for table in (known, choice))
@@ -103,25 +86,19 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
                     yield row, new
 
 
-def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: str | None, glove: str | None) -> tuple:
+def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: str | None) -> tuple:
     """Numbers of origins, new rows with their origins' labels, where the words came from."""
     tokenizer, k = auto_tokenizer(teacher.name_or_path), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
     asked = {place for sides in found for words in sides for place in words}
     by_mlm = likely(open_mlm(mlm).to(teacher.device), asked, k) if mlm else {}
     rest = sorted({word for *_, word in asked - by_mlm.keys()})
-    if glove:
-        table = read_glove(glove)
-        known, choice = table[table.index.isin(rest)], table[[word.isalpha() and word.islower() for word in table.index]]
-    else:  # a word of several pieces is their mean
-        table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
-        means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]
-        choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
-        known = pandas.DataFrame(means, rest, choice.columns)
-    close = near(known, choice, k)
+    table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
+    means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]  # of a word's pieces
+    choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
+    close = near(pandas.DataFrame(means, rest, choice.columns), choice, k)
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
     return *map(list, zip(*rows, strict=True)), {
-        "words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours),
-        "neighbours": glove or "the teacher's input embeddings"}
+        "words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours)}

@@ -59,7 +59,7 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Student(model, teacher_width).to(model.device).eval()
-    if stored and student.projection is not None and stored["weight"].shape == student.projection.weight.shape:
+    if stored and isinstance(student.projection, nn.Linear) and stored["weight"].shape == student.projection.weight.shape:
         student.projection.load_state_dict(stored)
         print("  projection to the teacher's width: from general distillation")
     return student

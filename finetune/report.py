@@ -98,7 +98,8 @@ def text(report: dict) -> str:
                **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
               for f in report["models"]]
     made = report["stages"].get("augment", {}).get("figures")
-    words = f" ({made['rows']:,} of them new, {made['other_label']:.1%} labelled otherwise than their originals)" if made else ""
+    words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by the teacher's "
+             "embeddings; {other_label:.1%} labelled otherwise than their originals)").format_map(made) if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)

@@ -71,10 +71,10 @@ class Run:
         for name in set(self.wanted) - {*self.plan}:
             raise ValueError(f"stages: {name!r} is none of this run{did_you_mean(name, self.plan)}; there are "
                              f"{', '.join(self.plan)} (augment with augment=20)")
-        for path, opened in ((given.mlm, augment.open_mlm), (given.glove, augment.read_glove)):
-            if path and "augment" not in self.plan:
-                raise ValueError(f"{path}: --mlm and --glove are for the augmentation; write augment=20, or leave them out")
-            opened(path) if path else None  # now, and once more when it is needed: an error is told before anything trains
+        if given.mlm and "augment" not in self.plan:
+            raise ValueError(f"mlm {given.mlm}: is for the augmentation; write augment=20, or leave it out")
+        if given.mlm:
+            augment.open_mlm(given.mlm)  # now, and once more when it is needed: an error is told before anything trains
         for name in given.compare:
             if distill.output_names(model_config(name), self.labels) is None:
                 raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
@@ -97,7 +97,7 @@ class Run:
     def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm}}
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
@@ -137,7 +137,7 @@ class Run:
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
         teacher, given, count = self.teacher().encoder, self.given, len(self.train)
-        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm, given.glove)
+        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm)
         rows = data.Rows(auto_tokenizer(teacher.name_or_path), [*self.train, *new], self.settings.length)
         said = distill.each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
         labels = [*rows.labels[:count], *said[count:]]
@@ -164,8 +164,8 @@ class Run:
         curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
         plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
-        if stage == "layers" and student.projection is not None:
-            save_file(student.projection.state_dict(), part / "projection.safetensors")
+        if stage == "layers" and (projection := student.projection.state_dict()):
+            save_file(projection, part / "projection.safetensors")
         return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": self.accuracy(model, dev)})
 
     def report(self) -> str:

@@ -56,13 +56,10 @@ class Recipe:
     gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: PositiveInt = 500  # steps between two looks at the held-out rows; first and last step always
-    profile: str = ""  # such as 100:105: torch's trace of steps 100 to 104, of rank 0, goes into OUT/tensorboard
 
     def __post_init__(self):
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
-        if self.profile and not re.fullmatch(r"\d+:\d+", self.profile):
-            raise ValueError(f"profile={self.profile!r}: write the first step and the one after the last, such as 100:105")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
@@ -77,9 +74,7 @@ class Recipe:
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (from 0): linear up over the warm-up, linear down to 0 after the last."""
         warm = self.warmup if self.warmup > 1 else round(self.warmup * self.steps)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * (self.steps - step) / max(1, self.steps - warm)
+        return self.lr * min((step + 1) / max(1, warm), (self.steps - step) / max(1, self.steps - warm))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -88,7 +83,7 @@ class Recipe:
 
 
 KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing", "profile")
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing")  # may differ
 
 
 def override(recipe, settings: Iterable[str]):

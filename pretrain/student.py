@@ -23,13 +23,11 @@ class Student(nn.Module):
     def __init__(self, encoder: BertModel, teacher_width: int):
         super().__init__()
         width = encoder.config.hidden_size
-        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else None
+        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else nn.Identity()
 
     def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
         """The trace with hidden states of the teacher's width."""
         traced = trace(self.encoder, ids, segments, real)
-        if self.projection is None:
-            return traced
         return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
 
 
@@ -63,8 +61,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
         torch.manual_seed(draw)
         encoder = BertModel(config, add_pooling_layer=False)
         student = Student(encoder, t.hidden_size)
-        if student.projection is not None:
-            student.projection.apply(student.encoder._init_weights)
+        student.projection.apply(student.encoder._init_weights)
         copied = one_layer_each(layers, t.num_hidden_layers)
         if init == "projected":
             project(student.eval().to(teacher.device), teacher, copied, *rows)

@@ -140,22 +140,15 @@ class Run:
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
         recipe, window, folder = self.recipe, Window(), self.out / "checkpoints"
-        begin, end = map(int, (recipe.profile or "0:0").split(":"))
-        profiler = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(self.out / "tensorboard")))
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
             batches, stop = self._agree(ahead.submit(self._read, self.step), window)
             if self.step == 0 and not stop:
                 self._log({"rows": 0, **self._look_at_held_out()})
             while self.step < recipe.steps and not stop:
                 coming = ahead.submit(self._read, self.step + 1)
-                if self.monitor and self.step == begin < end:
-                    profiler.start()
                 self._update(batches, window)
                 self.step += 1
                 batches, stop = self._agree(coming, window)
-                if profiler.profiler and (stop or self.step in (end, recipe.steps)):
-                    profiler.stop()
-                    profiler.profiler = None
                 save = stop or self._due(recipe.save_every)
                 figures = {}
                 if save or self._due(recipe.log_every):  # at a save too: the figures of a resumed run begin there

@@ -6,7 +6,6 @@ import shutil
 import pandas
 import pytest
 import torch
-from conftest import vocabulary
 from test_finetune import made_up_pairs, save_model, save_place
 from test_qnli import run
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel
@@ -25,9 +24,6 @@ def place(tmp_path_factory, tokenizer_folder):
     folder = save_place(tmp_path_factory.mktemp("qnli"), tokenizer_folder)
     save_model(folder / "mlm", tokenizer_folder, BertForMaskedLM, seed=2, initializer_range=0.3)
     save_model(folder / "headless", tokenizer_folder, BertModel)
-    lines = [f"{word} {' '.join(f'{x:.4f}' for x in torch.randn(5, generator=torch.Generator().manual_seed(n)).tolist())}"
-             for n, word in enumerate(["the", "ba1", *vocabulary()[26:400]])]
-    (folder / "glove.txt").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -36,9 +32,8 @@ def teacher(place):
     return distill.open_classifier(place / "teacher", 0, CPU)
 
 
-def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None, glove=None):
-    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, settings, seed, mlm and str(place / mlm),
-                             glove and str(place / glove))
+def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None):
+    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, settings, seed, mlm and str(place / mlm))
 
 
 def places_of(texts):
@@ -160,36 +155,10 @@ def test_words_come_from_the_teacher_the_file_or_the_model(place, teacher):
         return words_of(rows) - words_of(pairs)
 
     _, rows, figures = made(place, teacher)
-    assert figures["neighbours"] == "the teacher's input embeddings"
     assert figures["words_by_mlm"] == 0 < figures["words_by_neighbours"]
     assert new_words(rows) and new_words(rows) <= vocabulary_words
-    _, rows, figures = made(place, teacher, glove="glove.txt")
-    assert figures["neighbours"].endswith("glove.txt") and "ba1" not in new_words(rows)
-    assert new_words(rows) <= {*augment.read_glove(str(place / "glove.txt")).index}
     _, _, figures = made(place, teacher, mlm="mlm")
     assert figures["words_by_mlm"] > 0 < figures["words_by_neighbours"]
-
-
-@pytest.mark.parametrize("text, says", [
-    (b"the 1 2\na 1\n", ", line 2: each line must be a word and as many numbers as the first line has"),
-    (b"the 1 2\na 1 nan\n", ", line 2: each line must be"),
-    (b"the 1 2\na 1 b\n", ", line 2: each line must be"),
-    (b"the 1 2\na 1 2 3\n", ": .*Expected 3 fields in line 2, saw 4"),
-    (b"the\n", ", line 1: each line must be"),
-    (b"", ": No columns to parse from file; each line must be"),
-    (b"the 1\n\xff 1\n", ": .*codec can't decode"),
-])
-def test_a_bad_glove_file_is_named_with_its_line(tmp_path, text, says):
-    (tmp_path / "glove.txt").write_bytes(text)
-    with pytest.raises(ValueError, match=f"glove .*glove.txt{says}"):
-        augment.read_glove(str(tmp_path / "glove.txt"))
-
-
-def test_a_glove_file_is_read_as_it_stands(tmp_path):
-    (tmp_path / "glove.txt").write_text('the 1 -2\n" 0.5 3e-1\nnan 1 1\nnull 2 2\n')
-    read = augment.read_glove(str(tmp_path / "glove.txt"))
-    assert {word: [*vector] for word, vector in read.iterrows()} == {
-        "the": [1, -2], '"': [0.5, pytest.approx(0.3)], "nan": [1, 1], "null": [2, 2]}
 
 
 def test_the_same_seed_gives_the_same_rows_and_a_row_does_not_depend_on_those_after_it(place, teacher):
@@ -235,8 +204,7 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     (["--stages", "layers"], "teacher cannot be used (it is not there); name its stage too"),
     (["--stages", "layer"], "stages: 'layer' is none of this run; did you mean 'layers'?"),
     (["--stages", "augment"], "there are teacher, layers, predictions, report (augment with augment=20)"),
-    (["--glove", "{place}/glove.txt"], "--mlm and --glove are for the augmentation; write augment=20"),
-    (["augment=1", "--glove", "{place}/none.txt"], "none.txt: [Errno 2] No such file"),
+    (["--mlm", "{place}/mlm"], "mlm: is for the augmentation; write augment=20"),
     (["augment=1", "augment_k=0"], "augment_k=0: must be greater than 0; write such as augment_k=15"),
     (["augment_p=1.5"], "augment_p=1.5: must be less than or equal to 1"),
 ])

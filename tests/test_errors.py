@@ -65,7 +65,6 @@ MISTAKES = {
     "an engine file that is a folder": (train, [*TRAIN, "--engine", "ds_configs"], "--engine ds_configs: "),
     "a GPU's engine file on a CPU": (train, [*TRAIN, "--engine", "ds_configs/gpu-fp16.json"], "fp16 needs a GPU.*cpu.json"),
     "three ranks for 64 lanes": (train, [*TRAIN, "--dry-run", "--gpus", "3"], "do not divide over 3 ranks; start with"),
-    "a profile of one step": (train, [*TRAIN, "profile=100"], "profile='100': write the first step .*100:105"),
     "GPUs in words": (train, [*TRAIN, "--dry-run", "--gpus", "all"], "--gpus: invalid int value: 'all'"),
     "no source": (shards.build.main, ["--tokenizer", "teacher", "--out", "new"], "required: SOURCE"),
     "no tokenizer": (shards.build.main, ["text", "--out", "new"], "required: --tokenizer"),

@@ -1,11 +1,8 @@
 """What TensorBoard shows: figures and pictures against references, and what a run's board holds."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from runs import SETTINGS, SMALL, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.objective import Trace
@@ -74,15 +71,3 @@ def test_what_the_board_of_a_run_holds(one_rank):
     assert '"warmup": 0.1' in board.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     content = board.summary_metadata["_hparams_/experiment"].plugin_data.content
     assert b"weight_decay" in content and b"1 health/loss" in content
-
-
-def test_profile_writes_a_trace_of_its_steps(inputs, one_rank, tmp_path):
-    """And changes nothing that is learned."""
-    from runs import assert_same_run
-
-    launch(*inputs, "--student", SMALL, "--out", tmp_path / "run", *SETTINGS, "profile=2:4")
-    [trace] = (tmp_path / "run/tensorboard").glob("*.pt.trace.json")
-    events = json.loads(trace.read_text())["traceEvents"]
-    updates = sum(event.get("name") == "Optimizer.step#AdamW.step" for event in events)
-    assert updates == 2 * 2  # DeepSpeed steps its two groups of parameters (with decay, without) one after the other
-    assert_same_run(one_rank, tmp_path / "run")
