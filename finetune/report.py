@@ -94,7 +94,7 @@ def text(report: dict) -> str:
     """report.md from what report.json holds; what stands before its second heading is for the terminal."""
     models = [{"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
                "accuracy": f["accuracy"], "95 % interval": "{:.1%} to {:.1%}".format(*f["interval"]),
-               **{key.replace("_", " "): f[key] for key in ("of_teacher", "agreement") if key in f},
+               **({"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}),
                **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
               for f in report["models"]]
     made = report["stages"].get("augment", {}).get("figures")
