@@ -1,7 +1,6 @@
 """From a teacher and a general student to a QNLI model: the folders teacher, layers and student, then the report."""
 
 import hashlib
-import itertools
 import json
 import shutil
 from argparse import Namespace
@@ -47,7 +46,7 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
         found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
         write_json(part / "stage.json", found)
         if folder.exists():  # nothing is deleted
-            free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
+            free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
         part.rename(folder)
     finally:

@@ -30,7 +30,7 @@ def opened(folder: str, teacher) -> tuple[Student, list[int]]:
 
     encoder = BertModel.from_pretrained(folder, attn_implementation=ATTENTION, add_pooling_layer=False)
     student = Student(encoder, teacher.config.hidden_size).eval()
-    if student.projection is not None:
+    if student.projection.state_dict():
         student.projection.load_state_dict(load_file(Path(folder) / "projection.safetensors"))
     return student, layer_map("uniform", encoder.config.num_hidden_layers, teacher.config.num_hidden_layers)
 

@@ -114,7 +114,7 @@ def plain_step(which: str, teacher, student, layers, optimizer, rows) -> None:
         s, t = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (s_scores[m], t_scores[n - 1]))
         loss = loss + F.mse_loss(s, t)
     for m, n in zip(range(len(layers) + 1), [0, *layers], strict=True):
-        projected = student.projection(s_hidden[m]) if student.projection is not None else s_hidden[m]
+        projected = student.projection(s_hidden[m])
         loss = loss + F.mse_loss(projected, t_hidden[n])
     loss.backward()
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
