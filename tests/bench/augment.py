@@ -53,7 +53,7 @@ def main() -> None:
     model = open_mlm(given.mlm).to("cuda" if torch.cuda.is_available() else "cpu")
     pairs = load(given.data)[0][:given.rows]
     asked = [place for pair in pairs for words in places(pair, []) for place in words]
-    ways = {"batched": lambda: likely(model, given.mlm, set(asked), K),
+    ways = {"batched": lambda: likely(model, set(asked), K),
             "one at a time": lambda: one_at_a_time(model, given.mlm, asked)}
     speeds, answers = {way: [] for way in ways}, {}
     for _ in range(given.rounds):
