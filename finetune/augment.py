@@ -59,8 +59,7 @@ def open_mlm(name: str) -> nn.Module:
 def likely(model: nn.Module, name: str, asked: set[tuple], k: int) -> dict[tuple[str, int], list[str]]:
     """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece, by (text, start).
 
-    It reads the text with that word masked and, as the reference code has it, the text as it is; a word behind the cut of
-    both to the model's length has no answer."""
+    It reads the text with that word masked, then the text as it is (so the reference); a word behind its length has no answer."""
     tokenizer, words, answers = auto_tokenizer(name), whole_words(name), {}
     mask, single, allowed = tokenizer.mask_token, {*words.values()}, torch.tensor(list(words), device=model.device)
     asked = sorted((one for one in asked if one[3] in single and mask not in one[0]), key=lambda one: (len(one[0]), one))
@@ -103,8 +102,7 @@ def near(known: dict[str, Tensor], choice: dict[str, Tensor], k: int) -> dict[st
 def new_rows(pairs: list[Pair], options: list[tuple], settings, seed: int) -> Iterator[tuple[int, Pair]]:
     """(number of the origin, row with its origin's label), each once and none of the given ones.
 
-    `augment` tries a text, the row's other text as it was: each word is changed with probability `augment_p`, for any of its
-    options, (start, end, words) by row and text.  A text's draws are its own, from (seed, row, text): they depend on no batch."""
+    A text's draws are its own, from (seed, row, text): they depend on no batch.  Options: (start, end, words) by row, text."""
     seen = {pair[:2] for pair in pairs}
     for row, (pair, sides) in enumerate(zip(pairs, options, strict=True)):
         for side, (text, words) in enumerate(zip(pair[:2], sides, strict=True)):

@@ -1,7 +1,7 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ POOL = 50  # batches; rows are sorted by length within so many, so an epoch's or
 
 
 class Pair(NamedTuple):
-    """A row of QNLI; label 0 is entailment: the sentence answers the question."""
+    """A row of QNLI (label 0 is entailment: the sentence answers the question) or of another task: one text or two."""
 
     question: str
     sentence: str
     label: int
 
 
-def read_tsv(path: Path) -> list[Pair]:
+def read(path: Path) -> list[Pair]:
     """GLUE's layout: a header, then fields between tabs, quotes having no meaning.  ValueError names file and line."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
@@ -50,17 +50,15 @@ def read_tsv(path: Path) -> list[Pair]:
     return pairs
 
 
-def write_tsv(path: Path, numbers: list[int], pairs: list[Pair]) -> None:
-    """What read_tsv reads, a number beside each row as its index; a text's tabs and line ends become spaces."""
-    rows = [[str(number), pair.question, pair.sentence, LABELS[pair.label]] for number, pair in zip(numbers, pairs, strict=True)]
-    lines = ["\t".join(re.sub(r"[\t\r\n]", " ", field) for field in row) for row in [["index", *Pair._fields], *rows]]
-    path.write_bytes("\n".join([*lines, ""]).encode())
+def tsv(rows: Iterable[Iterable]) -> bytes:
+    """A header and rows in GLUE's layout; a text's tabs and line ends become spaces."""
+    return "".join("\t".join(re.sub(r"[\t\r\n]", " ", str(field)) for field in row) + "\n" for row in rows).encode()
 
 
 def load(source: str) -> tuple[list[Pair], list[Pair]]:
     """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv."""
     if (folder := Path(source).expanduser()).is_dir():
-        return read_tsv(folder / "train.tsv"), read_tsv(folder / "dev.tsv")
+        return read(folder / "train.tsv"), read(folder / "dev.tsv")
     if source != "glue":
         raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
     try:
@@ -80,8 +78,9 @@ class Rows:
 
     def __init__(self, tokenizer, pairs: list[Pair], length: int):
         # All said outright: some folders store truncation and padding (all-MiniLM-L6-v2: 128) that would act in silence.
-        encoded = tokenizer([pair.question for pair in pairs], [pair.sentence for pair in pairs], padding=False,
-                            truncation="longest_first", max_length=length, return_token_type_ids=True)
+        first, second = ([text for text in texts] for texts in zip(*(pair[:2] for pair in pairs), strict=True))
+        encoded = tokenizer(first, second if any(second) else None, padding=False, truncation="longest_first", max_length=length,
+                            return_token_type_ids=True)
         self.tokenizer, self.labels = tokenizer, torch.tensor([pair.label for pair in pairs])
         self.fields = {**encoded, "labels": self.labels, "rows": range(len(pairs))}
 

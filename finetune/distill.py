@@ -23,15 +23,16 @@ from pretrain.plan import fastest_dtype
 from pretrain.student import Student
 from shards.tokenizer import auto_tokenizer, fingerprint
 
-UNNAMED = ["label_0", "label_1"]  # what transformers writes where nobody gave names
 BATCH = 128  # rows of an evaluation's batch; changes no figure
 
 
 def output_names(config) -> list[str] | None:
-    """What the outputs of a QNLI classifier are called, `not_entailment` or `label_1`; None for any other model."""
+    """What the outputs of a QNLI classifier are called, `not_entailment`, or [] without names; None for any other model."""
     classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
     names = [re.sub(r"[\W_]+", "_", config.id2label[n].lower()) for n in sorted(config.id2label)]
-    return names if classifier and sorted(names) in (sorted(LABELS), UNNAMED) else None
+    if classifier and names == ["label_0", "label_1"]:  # what transformers writes where nobody gave names
+        return []
+    return names if classifier and sorted(names) == sorted(LABELS) else None
 
 
 def reorder(model: nn.Module, order: list[int]) -> None:
@@ -50,7 +51,7 @@ def from_file(kind, name: str | Path, **more):
 
 
 def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A classifier in eval mode, its outputs in LABELS' order (unnamed: as they are); missing weights are drawn from the seed."""
+    """A classifier in eval mode, its outputs in the labels' order (unnamed: as they are); what is missing is drawn."""
     config = copy.deepcopy(model_config(str(name)))
     names = output_names(config)
     config.id2label, config.label2id = dict(enumerate(LABELS)), {label: n for n, label in enumerate(LABELS)}
@@ -60,7 +61,7 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: to
         model = from_file(  # a head of another task's size is replaced; every other tensor's size follows from the config
             AutoModelForSequenceClassification, name, config=config, dtype=dtype, attn_implementation=ATTENTION,
             ignore_mismatched_sizes=names is None)
-    if names and names != UNNAMED:
+    if names:
         reorder(model, [names.index(label) for label in LABELS])
     return model.to(device).eval()
 
@@ -120,8 +121,7 @@ def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: to
 def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
     """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,).
 
-    Soft: KL(teacher || student) at a temperature, summed over labels, no T^2; with `prediction=tinybert`, as its code has it,
-    cross-entropy and the mean over labels: half the gradient where there are two."""
+    Soft: KL(teacher || student), summed over labels, no T^2; `prediction=tinybert`: cross-entropy, mean over labels."""
     kinds, said, traces = {kind: weights[kind] for kind in TERMS if weights.get(kind)}, [], []
     real = batch.attention_mask.bool()
     for model in (student, teacher) if teacher else (student,):

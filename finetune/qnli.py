@@ -13,22 +13,13 @@ if __package__ in (None, ""):  # started as a script: python puts finetune/ on t
 
 from pretrain.recipe import did_you_mean, override
 
-METHODS = {  # and the stages of each
-    "tinybert": ("teacher", "augment", "layers", "predictions", "report"),
-    "joint": ("teacher", "augment", "predictions", "report"),
-    "gold": ("gold", "report"),
-}
+METHODS = {"tinybert": ("teacher", "augment", "layers", "predictions", "report"),  # and the stages of each
+           "joint": ("teacher", "augment", "predictions", "report"), "gold": ("gold", "report")}
 JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
 LEAST = {"rows": 1, "batch": 1, "augment_k": 1, "length": 8}  # others: 0; length has room for two texts, three special tokens
-COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")
-STAGE = {  # the settings that its output depends on, beside the common ones
-    "teacher": ("teacher_lr", "teacher_epochs"),
-    "augment": ("augment", "augment_p", "augment_k"),
-    "layers": ("layers_lr", "layers_epochs", "layer_map", "embedding", "hidden", "attention"),
-    "predictions": ("method", "predictions_lr", "predictions_epochs", "temperature", "prediction", "layer_map", "embedding",
-                    "hidden", "attention", "soft", "hard"),
-    "gold": ("gold_lr", "gold_epochs"),
-}
+COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")  # every stage's output depends on these,
+LAYERS = ("layer_map", "embedding", "hidden", "attention")  # on those that begin with its name, and two on more
+STAGE = {"layers": LAYERS, "predictions": (*LAYERS, "method", "temperature", "prediction", "soft", "hard")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +68,8 @@ class Settings:
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
-        return {name: getattr(self, name) for name in (*COMMON, *STAGE[stage])}
+        return {name: value for name, value in asdict(self).items() if name in (*COMMON, *STAGE.get(stage, ())) or
+                name.startswith(stage)}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,6 +85,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", help=f"run some of {','.join(METHODS['tinybert'])} alone; what they read must be there")
     parser.add_argument("--mlm", help="masked LM with its head, for augment=N: a word becomes one that it finds likely")
     parser.add_argument("--glove", metavar="FILE", help="vectors for augment=N: a word becomes a near one (default: teacher's)")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
@@ -113,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"\n{text}\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if text else "done")
+    table, cut = text.partition("\n\n## ")[:2]
+    print(f"\n{table}\n\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if cut else "done")
     return 0
 
 

@@ -1,68 +1,117 @@
-"""How good and how fast the classifiers are: measured, and as a table."""
+"""How good and how fast the classifiers are and where they err: measured, and as tables."""
 
 import math
+import re
 import time
 from functools import partial
+from pathlib import Path
 from statistics import median
 
+import pandas
 import torch
-from torch import nn
+from tabulate import tabulate
+from torch import Tensor, nn
 
-from finetune.data import Rows
+from finetune.data import Pair, Rows
 from finetune.distill import each_row, logits, lowered
 
-SPEED_BATCH = 32  # rows beside each other when sentences/s are measured
+SPEED_ROWS = {32: 128, 1: 32}  # of each measured batch size
 ROUNDS = 7  # of timing
+WORST = 20  # rows to read
+QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
 @torch.inference_mode()
-def speeds(models: dict[str, nn.Module], rows: Rows) -> dict[str, list[float]]:
-    """Rows a second of each model, from host to host, in each of ROUNDS rounds of turns: a busy machine slows all of them."""
-    numbers = list(range(min(4 * SPEED_BATCH, len(rows.labels))))
-    batches = [rows.batch(numbers[n:n + SPEED_BATCH]) for n in range(0, len(numbers), SPEED_BATCH)]
-    found: dict[str, list[float]] = {name: [] for name in models}
+def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> dict[str, list[float]]:
+    """Rows a second from host to host (bfloat16 on a GPU), in each of ROUNDS rounds of turns: a busy machine slows all."""
+    numbers, found = range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values()))), {}
+    batches = {name: [rows.batch([*numbers[n:n + size]]) for n in numbers[::size]] for name, (_, rows) in models.items()}
     for attempt in range(ROUNDS + 1):
-        for name, model in models.items():
+        for name, (model, _) in models.items():
             started = time.perf_counter()
-            with lowered(model.device, model.device.type == "cuda"):  # float32 on a CPU
-                for batch in batches:
+            with lowered(model.device, model.device.type == "cuda"):
+                for batch in batches[name]:
                     logits(model, batch.copy().to(model.device)).cpu()
             if attempt:  # the first round warms up
-                found[name].append(len(numbers) / (time.perf_counter() - started))
+                found.setdefault(name, []).append(len(numbers) / (time.perf_counter() - started))
     return found
 
 
-def figures(models: dict[str, nn.Module], dev: Rows) -> list[dict]:
-    """A line a model in eval mode; the first of two is the teacher, what compares with it is None for one alone."""
-    said = {name: each_row(partial(logits, model), dev, model.device).argmax(-1) for name, model in models.items()}
-    right = {name: (labels == dev.labels).double().mean().item() for name, labels in said.items()}
-    speed, teacher = speeds(models, dev), next(iter(models)) if len(models) > 1 else None
-    return [{
-        "model": name, "parameters": model.num_parameters(), "accuracy": right[name],
-        "standard_error": math.sqrt(right[name] * (1 - right[name]) / len(dev.labels)),
-        "of_teacher": right[name] / max(right[teacher], 1e-9) if teacher else None,
-        "agreement": (said[name] == said[teacher]).double().mean().item() if teacher else None,
-        "sentences_per_second": median(speed[name]),
-        "speed_ratio": median(a / b for a, b in zip(speed[name], speed[teacher], strict=True)) if teacher else None,
-    } for name, model in models.items()]
+def interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` rows."""
+    z = 1.959964**2 / count
+    middle, half = share + z / 2, math.sqrt(share * (1 - share) * z + z * z / 4)
+    return (middle - half) / (1 + z), (middle + half) / (1 + z)
+
+
+def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, Tensor]]:
+    """A line a model, without what compares where there is no teacher; each one's probabilities (rows, labels)."""
+    speed, lines, shares = {size: speeds(models, size) for size in SPEED_ROWS}, {}, {}
+    for name, (model, rows) in models.items():
+        shares[name] = each_row(partial(logits, model), rows, model.device).softmax(-1)
+        said, files = shares[name].argmax(-1), Path(model.name_or_path).glob("*.safetensors")
+        accuracy = (said == rows.labels).double().mean().item()
+        lines[name] = {"model": name, "parameters": model.num_parameters(), "accuracy": accuracy,
+                       "bytes": sum(file.stat().st_size for file in files) or model.get_memory_footprint(),  # the hub's: the same
+                       "interval": interval(accuracy, len(said)), "rows_per_second": {n: median(speed[n][name]) for n in speed}}
+        if teacher:  # it comes first
+            lines[name] |= {
+                "of_teacher": accuracy / max(lines[teacher]["accuracy"], 1e-9),
+                "agreement": (said == shares[teacher].argmax(-1)).double().mean().item(),
+                "speed_ratio": {n: median(a / b for a, b in zip(speed[n][name], speed[n][teacher], strict=True)) for n in speed}}
+    return [*lines.values()], shares
+
+
+def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas.DataFrame:
+    """Each dev row with its gold label, each model's and how probable it finds that (rows, labels), and who is right."""
+    table = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"})
+    table["gold"] = table.gold.map(labels.__getitem__)
+    for name, share in shares.items():
+        best = share.max(-1)
+        table[name], table[f"{name}_probability"] = [labels[n] for n in best.indices.tolist()], best.values.numpy().round(4)
+    table["right"] = [" and ".join(name for name in shares if row[name] == row["gold"]) or "neither"
+                      for row in table.to_dict("records")]
+    return table
+
+
+def errors(table: pandas.DataFrame, names: list[str]) -> dict:
+    """`errors`: (group, rows, each model's share of errors) by question word, length, overlap; `worst`: rows to read."""
+    words = [[set(re.findall(r"\w+", text)) for text in column.str.lower()] for column in (table.question, table.sentence)]
+    shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
+    groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
+              "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
+              "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
+    wrong = table[table.student != table.gold].nlargest(WORST, "student_probability").reset_index()
+    return {"worst": wrong.to_dict("records"), "errors": {kind: [
+        [str(group), len(part), *(float((part[name] != part.gold).mean()) for name in names)]
+        for group, part in table.groupby(key, observed=True)] for kind, key in groups.items()}}
+
+
+def grid(head: list[str], rows: list[list]) -> str:
+    """A Markdown table that reads well in a terminal."""
+    return tabulate(rows, head, "pipe", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
 
 
 def text(report: dict) -> str:
-    """report.md from what report.json holds; its table is padded so that it reads well in a terminal."""
-    cells = [("model", "parameters", "accuracy", "of the teacher's", "agrees with it", "sentences/s", "speed")]
+    """report.md from what report.json holds; what stands before its second heading is for the terminal."""
+    cells, names = [], [name for name in ("teacher", "student") if name in report["stages"]]
     for f in report["models"]:
-        shares = ["" if f[key] is None else f"{f[key]:.1%}" for key in ("of_teacher", "agreement")]
-        cells.append((f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['accuracy']:.1%} ± {f['standard_error']:.1%}", *shares,
-                      f"{f['sentences_per_second']:.0f}", f"{f['speed_ratio']:.2f} x" if f["speed_ratio"] else ""))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    rows = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    table = "\n".join(f"| {row} |" for row in rows)
+        compared = [f"{f[key]:.1%}" if key in f else "" for key in ("of_teacher", "agreement")]
+        ratios = [f", {ratio:.2f} x" for ratio in f["speed_ratio"].values()] if "speed_ratio" in f else [""] * len(SPEED_ROWS)
+        speed = [f"{rate:.0f}/s{ratio}" for rate, ratio in zip(f["rows_per_second"].values(), ratios, strict=True)]
+        cells.append([f["model"], f"{f['parameters'] / 1e6:.1f} M", f"{f['bytes'] / 1e6:.1f} MB", f"{f['accuracy']:.1%}",
+                      "{:.1%} to {:.1%}".format(*f["interval"]), *compared, *speed])
     made = report["stages"].get("augment", {}).get("figures")
     words = (" ({rows:,} of them new: {words_by_mlm:,} words by {mlm}, {words_by_neighbours:,} by {neighbours}; the teacher "
              "labels {other_label:.1%} otherwise than their originals, and {teacher_not_gold:.1%} of these otherwise than gold)"
              ).format_map(made) if made else ""
-    return (f"# QNLI\n\n{table}\n\nAccuracy on {report['dev_rows']:,} dev rows of {report['data']}, with its standard error; "
-            f"{report['train_rows']:,} training rows{words}, seed {report['seed']}, method {report['settings']['method']}. "
-            f"Sentences/s (rows of question and sentence): batch {SPEED_BATCH}, medians of interleaved rounds on "
-            f"{report['device']}.\n")
+    said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
+            f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
+            f"{report['device']}.")
+    rates = [grid([kind, "rows", *names], [[group, f"{count:,}", *(f"{share:.1%}" for share in shares)]
+                                           for group, count, *shares in rows]) for kind, rows in report["errors"].items()]
+    worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
+             for row in report["worst"]]
+    head = ["model", "parameters", "size", "accuracy", "95 % interval", "of the teacher's", "agrees with it"]
+    return "\n\n".join(["# QNLI", grid([*head, *(f"batch {size}" for size in SPEED_ROWS)], cells), said, "## Shares of errors",
+                        *rates, f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from finetune import augment, data, distill, report
 from finetune.distill import each_row, half
 from finetune.qnli import METHODS
-from pretrain.encoder import check_trace, model_config
+from pretrain.encoder import check_trace, longest_row, model_config
 from pretrain.objective import TERMS, layer_map
 from pretrain.recipe import did_you_mean
 from pretrain.student import Student
-from shards.block import write
+from shards.block import write, write_json
 from shards.tokenizer import auto_tokenizer, plain
 
 
@@ -81,6 +81,9 @@ class Run:
             if path and "augment" not in self.plan:
                 raise ValueError(f"{path}: --mlm and --glove are for the augmentation; write augment=20, or leave them out")
             opened(path) if path else None  # now, and once more when it is needed: an error is told before anything trains
+        for name in given.compare:
+            if distill.output_names(model_config(name)) is None:
+                raise ValueError(f"compare {name}: is no classifier with the labels {' or '.join(data.LABELS)}; give one that is")
         pair = given.student, given.student if settings.method == "gold" else given.teacher
         distill.check_two(*pair, settings.length)
         self.layers = layer_map(settings.layer_map, *(model_config(name).num_hidden_layers for name in pair))
@@ -94,15 +97,13 @@ class Run:
     def run(self) -> str:
         """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
         for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
-            if name == "report":
-                return self.report()
-            self.make(name)
-        return ""
+            text = self.report() if name == "report" else self.make(name)
+        return text or ""
 
     def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}, "predictions": {}}
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
@@ -114,7 +115,25 @@ class Run:
                              f"min_teacher={self.settings.min_teacher}: a student would learn its mistakes. Train it longer "
                              "(teacher_epochs=, teacher_lr=), give another one, or write min_teacher=0")
         if name == "augment":
-            self.train = data.read_tsv(self.out / folder / "train.tsv")
+            self.train = data.read(self.out / folder / "train.tsv")
+
+    def opened(self, name: str) -> tuple:
+        """A classifier, one whose outputs have no names tried both ways, and the dev rows in its ids."""
+        model = distill.open_classifier(name, self.seed, self.device)
+        rows = data.Rows(auto_tokenizer(name), self.dev, min(self.settings.length, longest_row(model.config)))
+        unnamed = distill.output_names(model_config(name)) == []
+        if unnamed and self.accuracy(model, rows) < 0.5:
+            print(f"  {name}: its outputs have no names, and on dev rows LABEL_1 must be {data.LABELS[0]}: taken so")
+            distill.reorder(model, [1, 0])
+        return model, rows
+
+    def mean(self, rows: data.Rows, function: Callable) -> float:
+        """Of what a function of a batch gives for each row, computed as training computes."""
+        return each_row(function, rows, self.device, low=True).double().mean().item()
+
+    def accuracy(self, model, rows: data.Rows) -> float:
+        """The share of rows that a classifier is right about."""
+        return self.mean(rows, lambda batch: distill.logits(model, batch).argmax(-1) == batch.labels)
 
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
@@ -129,7 +148,9 @@ class Run:
         said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
         old, labels = said[:len(train)], said[len(train):]
         pairs = [pair._replace(label=label) for pair, label in zip(new, labels.tolist(), strict=True)]
-        data.write_tsv(part / "train.tsv", [*range(len(train)), *origins], [*train, *pairs])
+        numbered = zip([*range(len(train)), *origins], [*train, *pairs], strict=True)
+        lines = [(number, *pair[:2], data.LABELS[pair.label]) for number, pair in numbered]
+        write(part / "train.tsv", data.tsv([("index", *data.Pair._fields), *lines]))
         return figures | {"rows": len(new), "other_label": (labels != old[origins]).double().mean().item(),
                           "teacher_not_gold": (old != rows.labels[:len(train)]).double().mean().item()}
 
@@ -138,17 +159,9 @@ class Run:
         settings, layered = self.settings, stage == "layers" or (stage, self.settings.method) == ("predictions", "joint")
         source = str({"teacher": self.given.teacher, "predictions": self.records.get("layers") and self.out / "layers"}.get(stage)
                      or self.given.student)
-        model, tokenizer = distill.open_classifier(source, self.seed, self.device), auto_tokenizer(source)
-        train, dev = (data.Rows(tokenizer, pairs, settings.length) for pairs in (self.train, self.dev))
-
-        def mean(function: Callable) -> float:
-            return each_row(function, dev, self.device, low=True).double().mean().item()
-
-        accuracy = partial(mean, lambda batch: distill.logits(model, batch).argmax(-1) == batch.labels)
-        names = distill.output_names(model_config(source))
-        if names == distill.UNNAMED and accuracy() < 0.5:
-            print("  its outputs have no names, and on dev rows LABEL_1 must be entailment: taken so")
-            distill.reorder(model, [1, 0])
+        model, dev = self.opened(source)
+        train = data.Rows(dev.tokenizer, self.train, settings.length)
+        known = stage == "teacher" and distill.output_names(model_config(source)) is not None
         terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
         teacher = self.teacher() if layered or "soft" in weights else None
@@ -157,31 +170,35 @@ class Run:
             check_trace(teacher.encoder)
             print(f"  student layers 1 to {len(self.layers)} imitate the teacher's layers {', '.join(map(str, self.layers))}")
         loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
-        if stage == "teacher" and names:
-            print(f"  {source} is a QNLI model already: not trained")
-        curve = [] if stage == "teacher" and names else distill.fit(
-            student, loss, train, settings, stage, self.seed, partial(mean, loss) if stage == "layers" else accuracy, layered)
+        if known:
+            print(f"  {source} is a model of these labels already: not trained")
+        measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
+        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
-        plain(tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
+        plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
         if stage == "layers" and student.projection is not None:
             save_file(student.projection.state_dict(), part / "projection.safetensors")
-        return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": accuracy()})
+        return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": self.accuracy(model, dev)})
 
     def report(self) -> str:
-        """OUT/report.json and report.md; measured again where a model or the rows are others than the report's."""
-        records, path = self.records, self.out / "report.json"
+        """OUT/report.json, report.md and errors.tsv; measured again where a model or the rows are others than the report's."""
+        path, made_of = self.out / "report.json", {"stages": self.records, "compared": [*map(sums, self.given.compare)]}
         found = json.loads(path.read_text()) if path.exists() else {}
-        if found.get("stages") == records:
+        if {key: found.get(key) for key in made_of} == made_of:
             print(f"report: {path} is of these models and rows; skipped")
             return report.text(found)
         print("report: accuracy and speed", flush=True)
         device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
                   f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
-        names = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in records}
-        opened = {full: distill.open_classifier(self.out / name, self.seed, self.device) for name, full in names.items()}
-        dev = data.Rows(auto_tokenizer(str(self.out / "student")), self.dev, self.settings.length)
-        found = {"models": report.figures(opened, dev), "data": self.given.data, "device": device, "train_rows": len(self.train),
-                 "dev_rows": len(self.dev), "seed": self.seed, "settings": asdict(self.settings), "stages": records}
-        for name, content in (("report.md", report.text(found)), ("report.json", json.dumps(found, indent=2) + "\n")):
-            write(self.out / name, content.encode())
+        own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
+        places = {full: str(self.out / name) for name, full in own.items()} | {name: name for name in self.given.compare}
+        lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
+        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, data.LABELS)
+        found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
+                 "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
+                 "settings": asdict(self.settings), **made_of}
+        wrong = answers[answers.right != " and ".join(own)].reset_index()
+        write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
+        write(self.out / "report.md", report.text(found).encode())
+        write_json(path, found)
         return report.text(found)

@@ -151,3 +151,10 @@ def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
     model.eval().requires_grad_(False).to(device)
     check_trace(model)
     return model
+
+
+def keep_layers(teacher: nn.Module, highest: int) -> None:
+    """Let the layers above one go, which no student imitates; the trace up to it stays what it was, bit for bit."""
+    if hasattr(getattr(teacher, "encoder", None), "layer"):  # BERT's kin; ALBERT shares its layers, ModernBERT ends in a norm
+        del teacher.encoder.layer[highest:]
+        teacher.config.num_hidden_layers = len(teacher.encoder.layer)

@@ -205,7 +205,7 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     out = tmp_path / "out"
     assert run(place, out, "augment=2", "--stages", "teacher,augment") == 0
     assert sorted(path.name for path in out.iterdir()) == ["augment", "teacher"]
-    gold, rows = data.read_tsv(place / "rows" / "train.tsv"), data.read_tsv(out / "augment" / "train.tsv")
+    gold, rows = data.read(place / "rows" / "train.tsv"), data.read(out / "augment" / "train.tsv")
     origins = [int(line.split("\t")[0]) for line in (out / "augment" / "train.tsv").read_text().splitlines()[1:]]
     assert sorted(rows[:40]) == sorted(gold) and origins[:40] == [*range(40)]
     model, tokenizer = distill.open_classifier(out / "teacher", 0, CPU), AutoTokenizer.from_pretrained(out / "teacher")

@@ -20,7 +20,7 @@ from transformers import (
 
 from finetune import data, distill
 from finetune.data import Pair
-from finetune.qnli import COMMON, STAGE, Settings
+from finetune.qnli import COMMON, METHODS, Settings
 from pretrain.student import Student
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def rows_of(folder, pairs, length=32):
 def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b'\xef\xbb\xbflabel\tsentence\tquestion\r\nentailment\t"b\ta "?\r\n'
                                      b"not_entailment\td\tc?\r\n")
-    assert data.read_tsv(tmp_path / "a.tsv") == [('a "?', '"b', 0), ("c?", "d", 1)]
+    assert data.read(tmp_path / "a.tsv") == [('a "?', '"b', 0), ("c?", "d", 1)]
 
 
 @pytest.mark.parametrize("text, says", [
@@ -95,7 +95,17 @@ def test_quotes_have_no_meaning_and_columns_go_by_name(tmp_path):
 def test_a_bad_tsv_names_file_and_line(tmp_path, text, says):
     (tmp_path / "train.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"train.tsv.*{says}"):
-        data.read_tsv(tmp_path / "train.tsv")
+        data.read(tmp_path / "train.tsv")
+
+
+def test_a_single_sentence_is_one_segment(tokenizer_folder):
+    rows = rows_of(tokenizer_folder, [Pair("ba be", "", 0), Pair("ba", "", 1)])
+    assert rows.fields["token_type_ids"] == [[0] * 4, [0] * 3] and rows.fields["input_ids"][1][-1] == 3  # one [SEP], the last
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(data.tsv([("index", *Pair._fields), (0, "a\tb", 'c\r\n"d', "entailment")]))
+    assert data.read(tmp_path / "a.tsv") == [("a b", 'c  "d', 0)]
 
 
 def test_rows_are_cut_to_length_and_no_stored_truncation_acts(tmp_path):
@@ -220,8 +230,11 @@ def test_rates(place, monkeypatch):
 
 
 def test_every_setting_belongs_to_a_stage():
-    named = {*COMMON, *(name for names in STAGE.values() for name in names), "method", "min_teacher"}
+    plan = {stage for stages in METHODS.values() for stage in stages}
+    named = {name for stage in plan for name in Settings().of(stage)} | {"method", "min_teacher"}
     assert named == set(Settings.__dataclass_fields__)
+    assert Settings().of("teacher").keys() == {*COMMON, "teacher_lr", "teacher_epochs"}
+    assert "temperature" not in Settings().of("layers") and {"hidden", "soft"} < Settings().of("predictions").keys()
 
 
 # labels

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_finetune import CPU, imitation, made_up_pairs, rows_of, save_place
+from test_finetune import CPU, imitation, made_up_pairs, rows_of, save_model, save_place
 from test_qnli import run
 
 from finetune import distill, qnli
@@ -79,7 +79,7 @@ def test_predictions_as_tinybert_has_them_are_cross_entropies_meaned_over_labels
 def test_a_joint_run_makes_the_student_in_one_stage(place):
     out = place / "out"
     assert run(place, out, "method=joint") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.json", "report.md", "student", "teacher"]
+    assert sorted(path.name for path in out.iterdir()) == ["errors.tsv", "report.json", "report.md", "student", "teacher"]
     assert not (out / "student" / "projection.safetensors").exists()
     inputs = json.loads((out / "student" / "stage.json").read_text())["inputs"]
     assert {name: inputs[name] for name in WEIGHTS} == WEIGHTS and inputs["temperature"] == 2.0
@@ -87,6 +87,13 @@ def test_a_joint_run_makes_the_student_in_one_stage(place):
     assert figures["epochs"][0].keys() == {"epoch", "loss", "dev_accuracy"}
     written = json.loads((out / "report.json").read_text())
     assert [line["model"] for line in written["models"]] == ["teacher teacher", "student student"]
+
+
+def test_another_student_is_noticed(place, tmp_path, tokenizer_folder, capsys):
+    save_model(tmp_path / "deeper", tokenizer_folder, width=16, layers=3, seed=1)
+    for student, said in (("student", "student: makes"), (tmp_path / "deeper", "again (another model)")):
+        assert run(place, tmp_path / "out", "method=joint", "--stages", "teacher,predictions", student=student) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_what_is_given_counts_more_than_what_joint_begins_with(place, monkeypatch):

@@ -41,14 +41,15 @@ def done(place):
 
 
 def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
-    assert sorted(path.name for path in done.iterdir()) == ["layers", "report.json", "report.md", "student", "teacher"]
+    assert sorted(path.name for path in done.iterdir()) == [
+        "errors.tsv", "layers", "report.json", "report.md", "student", "teacher"]
     written = json.loads((done / "report.json").read_text())
     for line, name in zip(written["models"], ("teacher", "student"), strict=True):
         stored = json.loads((done / name / "tokenizer.json").read_text())
         assert stored["truncation"] is None and stored["padding"] is None  # though rows were cut and padded with it
         model = AutoModelForSequenceClassification.from_pretrained(done / name)
         assert line["model"] == f"{name} {name}" and line["parameters"] == model.num_parameters()
-        assert line["sentences_per_second"] > 0 and 0 <= line["accuracy"] <= 1
+        assert min(line["rows_per_second"].values()) > 0 and 0 <= line["accuracy"] <= 1
     assert written["models"][0]["of_teacher"] == written["models"][0]["agreement"] == 1
     assert (done / "report.md").read_text() == report.text(written)
     assert load_file(done / "layers" / "projection.safetensors")["weight"].shape == (24, 16)
@@ -107,8 +108,8 @@ def test_other_settings_and_damage_make_a_stage_again_and_delete_nothing(done, p
 
 def test_gold_uses_no_teacher(place):
     assert run(place, place / "gold", "method=gold") == 0
-    assert sorted(path.name for path in (place / "gold").iterdir()) == ["report.json", "report.md", "student"]
-    assert json.loads((place / "gold" / "report.json").read_text())["models"][0]["of_teacher"] is None
+    assert sorted(path.name for path in (place / "gold").iterdir()) == ["errors.tsv", "report.json", "report.md", "student"]
+    assert json.loads((place / "gold" / "report.json").read_text())["models"][0].keys().isdisjoint({"of_teacher", "agreement"})
 
 
 def test_nothing_half_made_is_left_by_an_error(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data import read_tsv
+from finetune.data import read
 from shards.corpus import Tally
 from shards.sources import Source
 from tests.conftest import documents
@@ -36,4 +36,4 @@ def test_tokenized_books_are_lines():
 
 
 def test_qnli_with_its_stray_quotes_reads_whole():
-    assert len(read_tsv(DATA / "qnli/train.tsv")) == 9_475 and len(read_tsv(DATA / "qnli/dev.tsv")) == 1_000
+    assert len(read(DATA / "qnli/train.tsv")) == 9_475 and len(read(DATA / "qnli/dev.tsv")) == 1_000

@@ -1,0 +1,133 @@
+"""The report: intervals, ratios and agreement against direct counts, other models beside ours, where the models err."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from test_finetune import CPU, made_up_pairs, rows_of, save_model, save_place
+from test_qnli import run
+from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from finetune import data, distill, report
+from finetune.data import LABELS, Pair
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer_folder):
+    """A teacher, a narrower student, 40 + 20 rows, a classifier of other width."""
+    folder = save_place(tmp_path_factory.mktemp("report"), tokenizer_folder)
+    save_model(folder / "other", tokenizer_folder, BertForSequenceClassification, width=32, layers=1, seed=5,
+               id2label=dict(enumerate(LABELS)), initializer_range=0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """A whole run with another model beside it."""
+    assert run(place, place / "out", "--compare", str(place / "other")) == 0
+    return place / "out"
+
+
+def read(done):
+    return json.loads((done / "report.json").read_text())
+
+
+def said(done, place, name):
+    """The probabilities (rows, labels) of a folder, by transformers alone."""
+    folder = place / name if name == "other" else done / name
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    rows = rows_of(folder, data.read(place / "rows" / "dev.tsv"))
+    batch = rows.batch(list(range(20)))
+    with torch.no_grad():
+        return model(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits.softmax(-1), rows.labels
+
+
+@pytest.mark.parametrize("right, count", [(0, 20), (7, 20), (20, 20), (779, 1000)])
+def test_the_interval_holds_the_shares_that_a_test_of_95_percent_does_not_refuse(right, count):
+    low, high = report.interval(right / count, count)
+    for edge in (low, high):
+        deviation = math.sqrt(count) * abs(right / count - edge)
+        assert deviation == pytest.approx(1.959964 * math.sqrt(max(0, edge * (1 - edge))), abs=1e-6)
+    assert -1e-12 <= low <= right / count <= high <= 1 + 1e-12 and low < high
+
+
+def test_a_line_for_every_model_with_the_teacher_first(done, place):
+    lines = read(done)["models"]
+    assert [line["model"] for line in lines] == ["teacher teacher", "student student", str(place / "other")]
+    (teacher, gold), (ours, _), (other, _) = (said(done, place, name) for name in ("teacher", "student", "other"))
+    for line, shares, folder in zip(lines, (teacher, ours, other), (done / "teacher", done / "student", place / "other")):
+        right = (shares.argmax(-1) == gold).double().mean().item()
+        assert line["accuracy"] == right and line["interval"] == list(report.interval(right, 20))
+        assert line["of_teacher"] == right / lines[0]["accuracy"]
+        assert line["agreement"] == (shares.argmax(-1) == teacher.argmax(-1)).double().mean().item()
+        assert line["bytes"] == (folder / "model.safetensors").stat().st_size > 4 * line["parameters"]
+        assert [*line["rows_per_second"], *line["speed_ratio"]] == ["32", "1"] * 2
+        assert min(*line["rows_per_second"].values(), *line["speed_ratio"].values()) > 0
+    assert lines[0]["speed_ratio"] == {"32": 1, "1": 1}
+
+
+def test_errors_are_listed_with_what_both_said(done, place):
+    (ours, gold), (teacher, _) = (said(done, place, name) for name in ("student", "teacher"))
+    dev = data.read(place / "rows" / "dev.tsv")
+    with (done / "errors.tsv").open(newline="") as file:
+        listed = {int(row["index"]): row for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)}
+    wrong = {n for n in range(20) if {ours[n].argmax().item(), teacher[n].argmax().item()} != {gold[n].item()}}
+    assert listed.keys() == wrong and wrong
+    for n, row in listed.items():
+        assert (row["question"], row["sentence"], row["gold"]) == (dev[n].question, dev[n].sentence, LABELS[gold[n]])
+        for name, shares in (("student", ours), ("teacher", teacher)):
+            assert row[name] == LABELS[shares[n].argmax()]
+            assert float(row[f"{name}_probability"]) == pytest.approx(shares[n].max().item(), abs=1e-4)
+        right = [name for name in ("teacher", "student") if row[name] == row["gold"]]
+        assert row["right"] == (right[0] if right else "neither") and len(right) < 2
+
+
+def test_rates_count_each_row_once_and_the_worst_rows_are_the_surest_wrong_ones():
+    pairs = [Pair("Who is it ?", "It is he .", 0), Pair("is it he ?", "It is he .", 0), Pair("How ?", "x " * 59, 1),
+             Pair("When and where was it ?", "no", 1)]
+    shares = {"teacher": torch.tensor([[.9, .1], [.9, .1], [.2, .8], [.4, .6]]),
+              "student": torch.tensor([[.9, .1], [.3, .7], [.8, .2], [.4, .6]])}
+    table = report.answers(pairs, shares, LABELS)
+    assert [*table.right] == ["teacher and student", "teacher", "teacher", "teacher and student"]
+    found = report.errors(table, ["teacher", "student"])
+    assert found["errors"]["question word"] == [["how", 1, 0, 1], ["none", 1, 0, 1], ["when", 1, 0, 0], ["who", 1, 0, 0]]
+    assert found["errors"]["words"] == [["(0.0, 20.0]", 3, 0, pytest.approx(1 / 3)], ["(60.0, inf]", 1, 0, 1]]
+    overlap = found["errors"]["share of the question's words in the sentence"]
+    assert [count for _, count, *_ in overlap] == [2, 1, 1]  # 0 and 0; 2 of 3; 3 of 3
+    assert [row["index"] for row in found["worst"]] == [2, 1] and found["worst"][0]["gold"] == "not_entailment"
+
+
+def test_the_report_has_the_sections_and_the_terminal_the_table_alone(done, place, capsys):
+    written = (done / "report.md").read_text()
+    assert written == report.text(read(done))
+    assert written.count("\n## ") == 2 and "question word" in written and "surest errors" in written
+    assert run(place, done, "--compare", str(place / "other")) == 0
+    shown = capsys.readouterr().out
+    assert f"| {place / 'other'} " in shown and "## " not in shown and "report.json is of these models and rows; skipped" in shown
+    assert run(place, done) == 0  # other models: measured again
+    assert "report: accuracy and speed" in capsys.readouterr().out and len(read(done)["models"]) == 2
+
+
+def test_models_of_another_vocabulary_and_without_names_are_measured_too(place, tmp_path, tokenizer_folder):
+    from conftest import save_tokenizer
+
+    folder = save_tokenizer(tmp_path / "cased", do_lower_case=False)
+    config = RobertaConfig(vocab_size=700, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                           max_position_embeddings=40, pad_token_id=0)
+    RobertaForSequenceClassification(config).save_pretrained(folder)
+    assert run(place, tmp_path / "out", "method=gold", "length=48", "--compare", str(folder)) == 0
+    ours, other = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+    assert other["model"] == str(folder) and other["accuracy"] >= 0.5 and "of_teacher" not in ours
+    rows = rows_of(folder, made_up_pairs(3, 0))
+    assert distill.each_row(lambda batch: batch.labels, rows, CPU).shape == (3,)
+
+
+@pytest.mark.parametrize("name, says", [
+    ("{place}/teacher", "compare {place}/teacher: is no classifier with the labels entailment or not_entailment; give one"),
+    ("no/such-model", "model 'no/such-model': not a folder here, and the hub did not give it"),
+])
+def test_a_model_that_is_no_classifier_is_refused_before_anything_is_made(place, tmp_path, capsys, name, says):
+    assert run(place, tmp_path / "out", "--compare", name.format(place=place)) == 2
+    assert says.format(place=place) in capsys.readouterr().err and not (tmp_path / "out").exists()
