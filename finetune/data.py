@@ -1,10 +1,13 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
+import csv
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas
 import torch
 from transformers import BatchEncoding
 
@@ -22,31 +25,41 @@ class Pair(NamedTuple):
     label: int
 
 
-def read(path: Path) -> list[Pair]:
-    """GLUE's layout: a header, then fields between tabs, quotes having no meaning.  ValueError names file and line."""
+def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
+    """The rows of a .csv, a .parquet, or a file in GLUE's layout (fields between tabs, quotes having no meaning).
+
+    `columns` are the names of one or two texts and of the label.  ValueError names file and line, or row."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
+    unit, first = ("row", 1) if path.suffix in (".csv", ".parquet") else ("line", 2)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    header, *rows = [line.rstrip("\r").split("\t") for line in lines]
-    for column in Pair._fields:
+        if path.suffix == ".parquet":
+            table = pandas.read_parquet(path).astype(str)
+            header, rows = [*table], table.to_numpy().tolist()
+        else:
+            text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="\n")
+            style = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            header, *rows = csv.reader(text, **style)
+    except (ValueError, csv.Error) as error:
+        why = f"not UTF-8 ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(f"{path}: {why}") from None
+    for column in columns:
         if column not in header:
             raise ValueError(f"{path}: no column {column!r}{did_you_mean(column, header)} (its header has {', '.join(header)})")
     if not rows:
         raise ValueError(f"{path}: a header and no rows")
-    pairs = []
-    for number, fields in enumerate(rows, start=2):
-        where = f"{path}, line {number}"
+    pairs, places = [], [header.index(column) for column in columns]
+    for number, fields in enumerate(rows, start=first):
+        where = f"{path}, {unit} {number}"
         if len(fields) != len(header):
             raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
-        question, sentence, label = (fields[header.index(column)] for column in Pair._fields)
-        if label not in LABELS:
-            raise ValueError(f"{where}: {f'unknown label {label!r}' if label else 'no label'}; write {' or '.join(LABELS)}")
-        if not question.strip() or not sentence.strip():
-            raise ValueError(f"{where}: an empty {'sentence' if question.strip() else 'question'}")
-        pairs.append(Pair(question, sentence, LABELS.index(label)))
+        *texts, label = (fields[place] for place in places)
+        if label not in labels:
+            raise ValueError(f"{where}: {f'unknown label {label!r}' if label else 'no label'}; write {' or '.join(labels)}")
+        for column, text in zip(columns, texts, strict=False):
+            if not text.strip():
+                raise ValueError(f"{where}: an empty {column}")
+        pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
     return pairs
 
 
@@ -55,10 +68,11 @@ def tsv(rows: Iterable[Iterable]) -> bytes:
     return "".join("\t".join(re.sub(r"[\t\r\n]", " ", str(field)) for field in row) + "\n" for row in rows).encode()
 
 
-def load(source: str) -> tuple[list[Pair], list[Pair]]:
-    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv."""
+def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS) -> tuple[list[Pair], list[Pair]]:
+    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv (or .csv, or .parquet)."""
     if (folder := Path(source).expanduser()).is_dir():
-        return read(folder / "train.tsv"), read(folder / "dev.tsv")
+        kind = next((kind for kind in (".csv", ".parquet") if (folder / f"train{kind}").is_file()), ".tsv")
+        return tuple(read(folder / f"{split}{kind}", columns, labels) for split in ("train", "dev"))
     if source != "glue":
         raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
     try:
@@ -69,7 +83,7 @@ def load(source: str) -> tuple[list[Pair], list[Pair]]:
         why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"
         raise ValueError(f"data glue: {why}. With no network give --data FOLDER with GLUE's train.tsv and dev.tsv") from error
     names = splits["train"].features["label"].names  # by name: another copy of GLUE may number them otherwise
-    return tuple([Pair(row["question"], row["sentence"], LABELS.index(names[row["label"]])) for row in splits[split]]
+    return tuple([Pair(row["question"], row["sentence"], labels.index(names[row["label"]])) for row in splits[split]]
                  for split in ("train", "validation"))
 
 

@@ -26,13 +26,15 @@ from shards.tokenizer import auto_tokenizer, fingerprint
 BATCH = 128  # rows of an evaluation's batch; changes no figure
 
 
-def output_names(config) -> list[str] | None:
-    """What the outputs of a QNLI classifier are called, `not_entailment`, or [] without names; None for any other model."""
+def output_names(config, labels: tuple = LABELS) -> list[str] | None:
+    """Which of these labels each output of a classifier stands for, [] where outputs have no names; None for another model."""
     classifier = any("ForSequenceClassification" in name for name in config.architectures or ())
-    names = [re.sub(r"[\W_]+", "_", config.id2label[n].lower()) for n in sorted(config.id2label)]
-    if classifier and names == ["label_0", "label_1"]:  # what transformers writes where nobody gave names
-        return []
-    return names if classifier and sorted(names) == sorted(LABELS) else None
+    names, known = ([re.sub(r"[\W_]+", "_", name.lower()) for name in given] for given in (
+        [config.id2label[n] for n in sorted(config.id2label)], labels))
+    unnamed = names == [f"label_{n}" for n in range(len(labels))]  # what transformers writes where nobody gave names
+    if not classifier or not unnamed and sorted(names) != sorted(known):
+        return None
+    return [] if unnamed else [labels[known.index(name)] for name in names]
 
 
 def reorder(model: nn.Module, order: list[int]) -> None:
@@ -50,11 +52,12 @@ def from_file(kind, name: str | Path, **more):
         raise ValueError(f"model {str(name)!r}: does not open as a {what} ({reason})") from error
 
 
-def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: torch.dtype = torch.float32,
+                    labels: tuple = LABELS) -> nn.Module:
     """A classifier in eval mode, its outputs in the labels' order (unnamed: as they are); what is missing is drawn."""
     config = copy.deepcopy(model_config(str(name)))
-    names = output_names(config)
-    config.id2label, config.label2id = dict(enumerate(LABELS)), {label: n for n, label in enumerate(LABELS)}
+    names = output_names(config, labels)
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: n for n, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -62,7 +65,7 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, dtype: to
             AutoModelForSequenceClassification, name, config=config, dtype=dtype, attn_implementation=ATTENTION,
             ignore_mismatched_sizes=names is None)
     if names:
-        reorder(model, [names.index(label) for label in LABELS])
+        reorder(model, [names.index(label) for label in labels])
     return model.to(device).eval()
 
 

@@ -70,6 +70,10 @@ class Run:
     def __init__(self, given: Namespace, settings):
         """ValueError for anything a person got wrong, before a model trains."""
         self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
+        self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
+        if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:
+            raise ValueError(f"columns {given.columns}, labels {given.labels}: write one or two texts' columns and the label's, "
+                             "and two labels or more, such as --columns text,label --labels no,yes")
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"out {given.out}: is a file; give a folder")
         self.plan = [name for name in METHODS[settings.method] if name != "augment" or settings.augment]
@@ -82,12 +86,12 @@ class Run:
                 raise ValueError(f"{path}: --mlm and --glove are for the augmentation; write augment=20, or leave them out")
             opened(path) if path else None  # now, and once more when it is needed: an error is told before anything trains
         for name in given.compare:
-            if distill.output_names(model_config(name)) is None:
-                raise ValueError(f"compare {name}: is no classifier with the labels {' or '.join(data.LABELS)}; give one that is")
+            if distill.output_names(model_config(name), self.labels) is None:
+                raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
         pair = given.student, given.student if settings.method == "gold" else given.teacher
         distill.check_two(*pair, settings.length)
         self.layers = layer_map(settings.layer_map, *(model_config(name).num_hidden_layers for name in pair))
-        train, self.dev = data.load(given.data)
+        train, self.dev = data.load(given.data, self.columns, self.labels)
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.train = [train[n] for n in order[:settings.rows]]
         self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()
@@ -115,15 +119,15 @@ class Run:
                              f"min_teacher={self.settings.min_teacher}: a student would learn its mistakes. Train it longer "
                              "(teacher_epochs=, teacher_lr=), give another one, or write min_teacher=0")
         if name == "augment":
-            self.train = data.read(self.out / folder / "train.tsv")
+            self.train = data.read(self.out / folder / "train.tsv", self.columns, self.labels)
 
     def opened(self, name: str) -> tuple:
         """A classifier, one whose outputs have no names tried both ways, and the dev rows in its ids."""
-        model = distill.open_classifier(name, self.seed, self.device)
+        model = distill.open_classifier(name, self.seed, self.device, labels=self.labels)
         rows = data.Rows(auto_tokenizer(name), self.dev, min(self.settings.length, longest_row(model.config)))
-        unnamed = distill.output_names(model_config(name)) == []
-        if unnamed and self.accuracy(model, rows) < 0.5:
-            print(f"  {name}: its outputs have no names, and on dev rows LABEL_1 must be {data.LABELS[0]}: taken so")
+        unnamed = distill.output_names(model_config(name), self.labels) == []
+        if unnamed and len(self.labels) == 2 and self.accuracy(model, rows) < 0.5:
+            print(f"  {name}: its outputs have no names, and on dev rows LABEL_1 must be {self.labels[0]}: taken so")
             distill.reorder(model, [1, 0])
         return model, rows
 
@@ -137,7 +141,7 @@ class Run:
 
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
-        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, half()).requires_grad_(False)
+        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, half(), self.labels).requires_grad_(False)
         return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
@@ -149,8 +153,8 @@ class Run:
         old, labels = said[:len(train)], said[len(train):]
         pairs = [pair._replace(label=label) for pair, label in zip(new, labels.tolist(), strict=True)]
         numbered = zip([*range(len(train)), *origins], [*train, *pairs], strict=True)
-        lines = [(number, *pair[:2], data.LABELS[pair.label]) for number, pair in numbered]
-        write(part / "train.tsv", data.tsv([("index", *data.Pair._fields), *lines]))
+        lines = [(number, *pair[:len(self.columns) - 1], self.labels[pair.label]) for number, pair in numbered]
+        write(part / "train.tsv", data.tsv([("index", *self.columns), *lines]))
         return figures | {"rows": len(new), "other_label": (labels != old[origins]).double().mean().item(),
                           "teacher_not_gold": (old != rows.labels[:len(train)]).double().mean().item()}
 
@@ -161,7 +165,7 @@ class Run:
                      or self.given.student)
         model, dev = self.opened(source)
         train = data.Rows(dev.tokenizer, self.train, settings.length)
-        known = stage == "teacher" and distill.output_names(model_config(source)) is not None
+        known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
         terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
         teacher = self.teacher() if layered or "soft" in weights else None
@@ -193,7 +197,7 @@ class Run:
         own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
         places = {full: str(self.out / name) for name, full in own.items()} | {name: name for name in self.given.compare}
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
-        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, data.LABELS)
+        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
         found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
                  "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
                  "settings": asdict(self.settings), **made_of}

@@ -4,6 +4,7 @@ import shutil
 from functools import partial
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import SYLLABLES, save_tokenizer
@@ -96,6 +97,36 @@ def test_a_bad_tsv_names_file_and_line(tmp_path, text, says):
     (tmp_path / "train.tsv").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f"train.tsv.*{says}"):
         data.read(tmp_path / "train.tsv")
+
+
+TASK = (("text", "kind"), ("no", "yes", "3"))  # single sentences, three labels
+TABLE = [("ba, be", "yes"), ('a "b"', "no"), ("two\nlines", "3"), ("x", "yes")]
+
+
+def write_table(path, rows=TABLE):
+    frame = pandas.DataFrame([(n, *row) for n, row in enumerate(rows)], columns=["id", "text", "kind"])
+    frame.to_parquet(path) if path.suffix == ".parquet" else frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_other_tasks_are_read_by_their_columns_and_labels(tmp_path, kind):
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.{kind}")
+    train, dev = data.load(str(tmp_path), *TASK)
+    assert train == dev == [(text, "", TASK[1].index(label)) for text, label in TABLE]
+    with pytest.raises(ValueError, match="row 2: unknown label 'maybe'; write no or yes or 3"):
+        data.read(write_table(tmp_path / f"bad.{kind}", [("a", "no"), ("b", "maybe")]), *TASK)
+    with pytest.raises(ValueError, match="row 2: an empty text"):
+        data.read(write_table(tmp_path / f"bad.{kind}", [("a\nb", "no"), (" ", "no")]), *TASK)
+    (tmp_path / f"bad.{kind}").write_bytes(b"id,text,kind\n1,a\n" if kind == "csv" else b"no parquet")
+    with pytest.raises(ValueError, match=f"bad.{kind}" + (", row 1: 2 fields" if kind == "csv" else ": .*[Pp]arquet")):
+        data.read(tmp_path / f"bad.{kind}", *TASK)
+
+
+def test_numbers_are_labels_too(tmp_path):
+    pandas.DataFrame({"a": ["x", "y"], "b": ["z", "z"], "n": [1, 0]}).to_parquet(tmp_path / "a.parquet")
+    assert data.read(tmp_path / "a.parquet", ("b", "a", "n"), ("1", "0")) == [("z", "x", 0), ("z", "y", 1)]
 
 
 def test_a_single_sentence_is_one_segment(tokenizer_folder):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import save_tokenizer
 from safetensors.torch import load_file
-from test_finetune import made_up_pairs, save_model, save_place, write_tsv
+from test_finetune import made_up_pairs, save_model, save_place, write_table, write_tsv
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification
 
 from finetune import data, distill, qnli, report, stages
@@ -122,6 +122,19 @@ def test_nothing_half_made_is_left_by_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_task_of_single_sentences_and_three_labels_goes_the_whole_road(place, tmp_path):
+    rows = [("bado fogu", "low"), ("lamu", "mid"), ("nipo bado", "high")] * 8
+    for split in ("train", "dev"):
+        write_table(tmp_path / f"{split}.csv", rows)
+    task = ("--columns", "text,kind", "--labels", "low,mid,high", "augment=1")
+    assert run(place, tmp_path / "out", *task, rows=tmp_path) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert model.config.id2label == {0: "low", 1: "mid", 2: "high"}
+    new = (tmp_path / "out" / "augment" / "train.tsv").read_text().splitlines()
+    assert new[0] == "index\ttext\tkind" and len(new) > 25
+    assert (tmp_path / "out" / "errors.tsv").read_text().startswith("index\tquestion\tsentence\tgold\t")
+
+
 def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     folder = save_model(tmp_path / "given", tokenizer_folder, BertForSequenceClassification)
     model = distill.open_classifier(folder, 0, torch.device("cpu"))
@@ -160,6 +173,9 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["--student", "{place}/deep"], "a student of 4 layers is deeper than its teacher of 3"),
     (["teacher_lr=1e30", "clip=0"], "teacher: the loss became nan; write a smaller teacher_lr= or clip="),
     (["min_teacher=1"], "is below min_teacher=1.0: a student would learn its mistakes"),
+    (["--columns", "label"], "columns label, labels entailment,not_entailment: write one or two texts' columns and"),
+    (["--columns", "question,text,label"], "train.tsv: no column 'text' (its header has index, question, sentence, label)"),
+    (["--labels", "yes,no"], "train.tsv, line 2: unknown label"),
     (["--out", "{place}/rows/dev.tsv"], "is a file; give a folder"),
 ])
 def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, arguments, says):

@@ -125,7 +125,7 @@ def test_models_of_another_vocabulary_and_without_names_are_measured_too(place, 
 
 
 @pytest.mark.parametrize("name, says", [
-    ("{place}/teacher", "compare {place}/teacher: is no classifier with the labels entailment or not_entailment; give one"),
+    ("{place}/teacher", "compare {place}/teacher: is no classifier with the labels entailment,not_entailment; give one"),
     ("no/such-model", "model 'no/such-model': not a folder here, and the hub did not give it"),
 ])
 def test_a_model_that_is_no_classifier_is_refused_before_anything_is_made(place, tmp_path, capsys, name, says):
