@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pretrain.encoder import ATTENTION, longest_row, model_config
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
+from shards.block import written_whole
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 BATCH = 128  # rows of an evaluation's batch; changes no figure
@@ -141,8 +143,10 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
-        measure: Callable[[], float], layered: bool = False) -> list[dict]:
-    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch."""
+        measure: Callable[[], float], layered: bool = False, resume: Path | None = None) -> list[dict]:
+    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch.
+
+    The file `resume` is written after each epoch; where it is there already, training goes on after its epoch, bit for bit."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
     figure = "dev_loss" if stage == "layers" else "dev_accuracy"
     order, each = torch.Generator().manual_seed(seed), math.ceil(len(rows.labels) / settings.batch)
@@ -150,10 +154,21 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # biases and LayerNorms
     optimizer = torch.optim.AdamW(groups, lr=getattr(settings, f"{stage}_lr"), fused=True)
     kind, steps, curve, kept = "constant" if stage == "layers" else "linear", epochs * each, [], None
+    best = partial(min if stage == "layers" else max, key=lambda line: line[figure])
     rate = get_scheduler(kind, optimizer, round(settings.warmup * steps), steps)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    used = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=used):
         torch.manual_seed(seed)
-        for epoch in range(1, epochs + 1):
+        if resume and resume.exists():
+            states, drawn, curve, kept = torch.load(resume, weights_only=True)
+            for one, state in zip((model, optimizer, rate), states, strict=True):
+                one.load_state_dict(state)
+            for restore, state in zip((order.set_state, torch.set_rng_state, torch.cuda.set_rng_state), drawn, strict=False):
+                restore(state)
+            print(f"  {stage}: goes on after epoch {len(curve)}")
+        for epoch in range(len(curve) + 1, epochs + 1):
+            if settings.patience and curve and epoch - best(curve)["epoch"] > settings.patience:
+                break
             model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
             for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):
@@ -170,7 +185,11 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             model.eval()
             curve.append({"epoch": epoch, "loss": mean_loss, figure: measure()})
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
-            if stage != "layers" and curve[-1] is max(curve, key=lambda line: line[figure]):
+            if stage != "layers" and curve[-1] is best(curve):
                 kept = copy.deepcopy(model.state_dict())
+            if resume:
+                drawn = [order.get_state(), torch.get_rng_state(), *map(torch.cuda.get_rng_state, used)]
+                with written_whole(resume) as file:
+                    torch.save(([one.state_dict() for one in (model, optimizer, rate)], drawn, curve, kept), file)
     model.load_state_dict(kept or model.state_dict())
     return curve

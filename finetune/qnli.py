@@ -17,7 +17,7 @@ METHODS = {"tinybert": ("teacher", "augment", "layers", "predictions", "report")
            "joint": ("teacher", "augment", "predictions", "report"), "gold": ("gold", "report")}
 JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
 LEAST = {"rows": 1, "batch": 1, "augment_k": 1, "length": 8}  # others: 0; length has room for two texts, three special tokens
-COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")  # every stage's output depends on these,
+COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip", "patience")  # every stage's output depends on these,
 LAYERS = ("layer_map", "embedding", "hidden", "attention")  # on those that begin with its name, and two on more
 STAGE = {"layers": LAYERS, "predictions": (*LAYERS, "method", "temperature", "prediction", "soft", "hard")}
 
@@ -33,6 +33,7 @@ class Settings:
     warmup: float = 0.1  # share of the updates of a linear schedule
     weight_decay: float = 0.01  # not on bias and LayerNorm
     clip: float = 1.0  # largest global gradient norm; 0: any
+    patience: int = 0  # epochs without a better dev figure after which a training ends; 0: none does
     teacher_lr: float = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
     teacher_epochs: int = 3
     min_teacher: float = 0.6  # a teacher below this dev accuracy is refused
@@ -89,6 +90,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--glove", metavar="FILE", help="vectors for augment=N: a word becomes a near one (default: teacher's)")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
+    parser.add_argument("--seeds", default=1, type=int, help="students of so many seeds from --seed on: their mean and spread")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
 

@@ -5,7 +5,7 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import pandas
 import torch
@@ -108,6 +108,8 @@ def text(report: dict) -> str:
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians of interleaved rounds on "
             f"{report['device']}.")
+    if len(students := report["students"]) > 1:
+        said += f" Students of {len(students)} seeds: mean {mean(students):.1%}, standard deviation {stdev(students):.1%}."
     rates = [grid([kind, "rows", *names], [[group, f"{count:,}", *(f"{share:.1%}" for share in shares)]
                                            for group, count, *shares in rows]) for kind, rows in report["errors"].items()]
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)

@@ -48,14 +48,17 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     if not make:
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir(parents=True)
+    part = folder.with_name(f"{folder.name}.{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}.part")
+    for other in {*folder.parent.glob(f"{folder.name}.*part")} - {part}:  # of a killed run of other inputs
+        shutil.rmtree(other)
+    part.mkdir(parents=True, exist_ok=True)
     try:
-        record = {"inputs": inputs, "figures": make(part), "files": sums(part)}
-    except BaseException:
+        figures = make(part)
+    except Exception:  # but a killed or interrupted run goes on from its resume.pt
         shutil.rmtree(part)
         raise
+    (part / "resume.pt").unlink(missing_ok=True)
+    record = {"inputs": inputs, "figures": figures, "files": sums(part)}
     (part / "stage.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if folder.exists():  # nothing is deleted
         free = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.{n}").exists())
@@ -101,17 +104,22 @@ class Run:
     def run(self) -> str:
         """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
         for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
-            text = self.report() if name == "report" else self.make(name)
+            for number in range(self.given.seeds if name in ("layers", "predictions", "gold") else 1):
+                text = self.report() if name == "report" else self.make(name, number)
         return text or ""
 
-    def make(self, name: str) -> None:
-        """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
-        given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
+    def make(self, name: str, number: int) -> None:
+        """A stage's folder, made out of the rows, its seed and settings, the folders before it and the models it is given."""
+        given, tag = self.given, f"-{number + 1}" if number else ""
+        folder, before = (name if name in ("teacher", "augment", "layers") else "student") + tag, f"layers{tag}"
+        source = given.teacher if name == "teacher" else (
+            str(self.out / before) if name == "predictions" and before in self.records else given.student)
+        models = {"mlm": given.mlm, "glove": given.glove} if name == "augment" else {"model": source}
+        self.seed = given.seed + number
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
-        inputs |= {other: record["files"] for other, record in self.records.items()}
-        inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
-        make = self.augment if name == "augment" else partial(self.fit, name)
+        inputs |= {other: self.records[other]["files"] for other in ("teacher", "augment") if other in self.records}
+        inputs |= {key: sums(model) for key, model in models.items() if model}
+        make = self.augment if name == "augment" else partial(self.fit, name, source)
         self.records[folder] = stage(self.out / folder, inputs, make if name in self.wanted else None)
         reached = self.records[folder]["figures"].get("dev_accuracy")
         if name == "teacher" and reached < self.settings.min_teacher:
@@ -158,11 +166,9 @@ class Run:
         return figures | {"rows": len(new), "other_label": (labels != old[origins]).double().mean().item(),
                           "teacher_not_gold": (old != rows.labels[:len(train)]).double().mean().item()}
 
-    def fit(self, stage: str, part: Path) -> dict:
+    def fit(self, stage: str, source: str, part: Path) -> dict:
         """A trained classifier, or a teacher that is one already: the epoch best on dev rows, of layers the last."""
         settings, layered = self.settings, stage == "layers" or (stage, self.settings.method) == ("predictions", "joint")
-        source = str({"teacher": self.given.teacher, "predictions": self.records.get("layers") and self.out / "layers"}.get(stage)
-                     or self.given.student)
         model, dev = self.opened(source)
         train = data.Rows(dev.tokenizer, self.train, settings.length)
         known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
@@ -177,7 +183,8 @@ class Run:
         if known:
             print(f"  {source} is a model of these labels already: not trained")
         measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
-        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
+        curve = [] if known else distill.fit(
+            student, loss, train, settings, stage, self.seed, measure, layered, part / "resume.pt")
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
         plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
         if stage == "layers" and student.projection is not None:
@@ -194,14 +201,17 @@ class Run:
         print("report: accuracy and speed", flush=True)
         device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
                   f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
-        own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
+        own = {name: f"{name} {Path(getattr(self.given, name.partition('-')[0])).name}" for name in self.records
+               if name.startswith(("teacher", "student"))}
         places = {full: str(self.out / name) for name, full in own.items()} | {name: name for name in self.given.compare}
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
-        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
-        found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
-                 "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
+        first = {name: shares[own[name]] for name in ("teacher", "student") if name in own}
+        answers = report.answers(self.dev, first, self.labels)
+        students = [line["accuracy"] for line in lines if line["model"] in own.values()][-self.given.seeds:]
+        found = {"models": lines, **report.errors(answers, [*first]), "students": students, "data": self.given.data,
+                 "device": device, "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.given.seed,
                  "settings": asdict(self.settings), **made_of}
-        wrong = answers[answers.right != " and ".join(own)].reset_index()
+        wrong = answers[answers.right != " and ".join(first)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())
         write_json(path, found)
