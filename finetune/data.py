@@ -28,8 +28,9 @@ class Pair(NamedTuple):
 def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> list[Pair]:
     """The rows of a .csv, a .parquet, or a file in GLUE's layout (fields between tabs, quotes having no meaning).
 
-    `columns` are the names of one or two texts and of the label.  ValueError names file and line, or row."""
-    if not path.is_file():
+    `columns` are the names of one or two texts and of the label.  ValueError names file and line, or row.  Without labels the
+    columns are texts, and a file without a header holds them alone."""
+    if not path.exists() or path.is_dir():
         raise ValueError(f"{path}: no such file; a QNLI folder holds train.tsv and dev.tsv as GLUE has them")
     unit, first = ("row", 1) if path.suffix in (".csv", ".parquet") else ("line", 2)
     try:
@@ -43,6 +44,8 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
     except (ValueError, csv.Error) as error:
         why = f"not UTF-8 ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else error
         raise ValueError(f"{path}: {why}") from None
+    if not labels and len(header) <= len(columns) and not {*columns} & {*header}:
+        columns, header, rows, first = columns[:len(header)], columns[:len(header)], [header, *rows], 1
     for column in columns:
         if column not in header:
             raise ValueError(f"{path}: no column {column!r}{did_you_mean(column, header)} (its header has {', '.join(header)})")
@@ -53,13 +56,14 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
         where = f"{path}, {unit} {number}"
         if len(fields) != len(header):
             raise ValueError(f"{where}: {len(fields)} fields between tabs, the header has {len(header)}")
-        *texts, label = (fields[place] for place in places)
-        if label not in labels:
+        texts = [fields[place] for place in places]
+        label = texts.pop() if labels else None
+        if labels and label not in labels:
             raise ValueError(f"{where}: {f'unknown label {label!r}' if label else 'no label'}; write {' or '.join(labels)}")
         for column, text in zip(columns, texts, strict=False):
             if not text.strip():
                 raise ValueError(f"{where}: an empty {column}")
-        pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label)))
+        pairs.append(Pair(*texts, *[""] * (2 - len(texts)), labels.index(label) if labels else 0))
     return pairs
 
 

@@ -25,6 +25,7 @@ from pretrain.student import Student
 from shards.block import written_whole
 from shards.tokenizer import auto_tokenizer, fingerprint
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 128  # rows of an evaluation's batch; changes no figure
 
 

@@ -95,18 +95,32 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def predict_options(argv: list[str]) -> argparse.Namespace:
+    """The command line of `predict`."""
+    parser = argparse.ArgumentParser(prog="finetune/qnli.py predict", description="A line a row: label, tab, probability.")
+    parser.add_argument("--model", required=True, help="folder of a student, or any classifier")
+    parser.add_argument("--columns", default="question,sentence", help="of a file with a header")
+    parser.add_argument("file", nargs="?", default="-", help="text<tab>text or text a line, or a table like --data's; -: stdin")
+    return parser.parse_args(argv)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the stages; what a person got wrong is one line and exit code 2."""
-    given = options(argv)
+    """Run the stages, or `predict`; what a person got wrong is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = predict_options(argv[1:]) if argv[:1] == ["predict"] else options(argv)
     try:
-        settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
+        settings = override(Settings(**JOINT if "method=joint" in argv else {}), getattr(given, "settings", ()))
         import transformers
 
-        from finetune.stages import Run
+        from finetune import data, stages
 
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        text = Run(given, settings).run()
+        if argv[:1] == ["predict"]:
+            pairs = data.read(Path("/dev/stdin" if given.file == "-" else given.file), tuple(given.columns.split(",")), ())
+            print("\n".join(f"{label}\t{share:.4f}" for label, share in stages.predict(given.model, pairs)))
+            return 0
+        text = stages.Run(given, settings).run()
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

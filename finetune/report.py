@@ -117,3 +117,13 @@ def text(report: dict) -> str:
     head = ["model", "parameters", "size", "accuracy", "95 % interval", "of the teacher's", "agrees with it"]
     return "\n\n".join(["# QNLI", grid([*head, *(f"batch {size}" for size in SPEED_ROWS)], cells), said, "## Shares of errors",
                         *rates, f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])
+
+
+def card(report: dict, given) -> str:
+    """The README.md of the student's folder: what it is, of what it was made and how, how good it is."""
+    changed = "`, `".join(f"{key}={value}" for key, value in report["settings"].items())
+    table = text(report).partition("\n\n## ")[0].partition("\n")[2]
+    labels = given.labels.replace(",", " or ")
+    return ("---\nlibrary_name: transformers\npipeline_tag: text-classification\n---\n# A distilled classifier\n\n"
+            f"It says of {' and '.join(given.columns.split(',')[:-1])}: {labels}. Made from `{given.student}` with "
+            f"`{given.teacher}` as the teacher on the rows of `{given.data}`.\n{table}\n\nSettings: `{changed}`.\n")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import augment, data, distill, report
-from finetune.distill import each_row, half
+from finetune.distill import DEVICE, each_row, half
 from finetune.qnli import METHODS
 from pretrain.encoder import check_trace, longest_row, model_config
 from pretrain.objective import TERMS, layer_map
@@ -25,9 +25,12 @@ from shards.block import write, write_json
 from shards.tokenizer import auto_tokenizer, plain
 
 
+OURS = ("stage.json", "README.md")  # in a stage's folder beside the model
+
+
 def sums(name: str | Path) -> dict[str, str] | str:
-    """What tells two models apart: the sha256 of each file of a folder but its record; a hub name stands for itself."""
-    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name != "stage.json")
+    """What tells two models apart: the sha256 of each file of a folder but OURS; a hub name stands for itself."""
+    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name not in OURS)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} or str(name)
 
 
@@ -67,6 +70,18 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     return record
 
 
+def predict(name: str, pairs: list[data.Pair], length: int = 512) -> list[tuple[str, float]]:
+    """The label that a classifier finds likeliest for each pair, and how probable it finds it."""
+    config = model_config(name)
+    labels = tuple(config.id2label[n] for n in sorted(config.id2label))
+    if distill.output_names(config, labels) is None:
+        raise ValueError(f"model {name}: is no classifier; give the folder of one, such as runs/qnli/student")
+    model = distill.open_classifier(name, 0, DEVICE, labels=labels)
+    rows = data.Rows(auto_tokenizer(name), pairs, min(length, longest_row(config)))
+    best = each_row(partial(distill.logits, model), rows, DEVICE).softmax(-1).max(-1)
+    return [(labels[n], share) for n, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
 class Run:
     """What every stage is given, read and checked, and how each one fills its folder."""
 
@@ -98,7 +113,6 @@ class Run:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.train = [train[n] for n in order[:settings.rows]]
         self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
     def run(self) -> str:
@@ -131,7 +145,7 @@ class Run:
 
     def opened(self, name: str) -> tuple:
         """A classifier, one whose outputs have no names tried both ways, and the dev rows in its ids."""
-        model = distill.open_classifier(name, self.seed, self.device, labels=self.labels)
+        model = distill.open_classifier(name, self.seed, DEVICE, labels=self.labels)
         rows = data.Rows(auto_tokenizer(name), self.dev, min(self.settings.length, longest_row(model.config)))
         unnamed = distill.output_names(model_config(name), self.labels) == []
         if unnamed and len(self.labels) == 2 and self.accuracy(model, rows) < 0.5:
@@ -141,7 +155,7 @@ class Run:
 
     def mean(self, rows: data.Rows, function: Callable) -> float:
         """Of what a function of a batch gives for each row, computed as training computes."""
-        return each_row(function, rows, self.device, low=True).double().mean().item()
+        return each_row(function, rows, DEVICE, low=True).double().mean().item()
 
     def accuracy(self, model, rows: data.Rows) -> float:
         """The share of rows that a classifier is right about."""
@@ -149,7 +163,7 @@ class Run:
 
     def teacher(self) -> Student:
         """OUT/teacher as a classifier in eval mode, without gradients."""
-        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, half(), self.labels).requires_grad_(False)
+        model = distill.open_classifier(self.out / "teacher", self.seed, DEVICE, half(), self.labels).requires_grad_(False)
         return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
@@ -157,7 +171,7 @@ class Run:
         teacher, name, train, given = self.teacher().encoder, str(self.out / "teacher"), self.train, self.given
         origins, new, figures = augment.augmented(train, teacher, name, self.settings, self.seed, given.mlm, given.glove)
         rows = data.Rows(auto_tokenizer(name), [*train, *new], self.settings.length)
-        said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
+        said = each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, DEVICE, low=True).long()
         old, labels = said[:len(train)], said[len(train):]
         pairs = [pair._replace(label=label) for pair, label in zip(new, labels.tolist(), strict=True)]
         numbered = zip([*range(len(train)), *origins], [*train, *pairs], strict=True)
@@ -192,14 +206,14 @@ class Run:
         return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": self.accuracy(model, dev)})
 
     def report(self) -> str:
-        """OUT/report.json, report.md and errors.tsv; measured again where a model or the rows are others than the report's."""
+        """OUT/report.json, report.md and more; measured again where a model or the rows are others than the report's."""
         path, made_of = self.out / "report.json", {"stages": self.records, "compared": [*map(sums, self.given.compare)]}
         found = json.loads(path.read_text()) if path.exists() else {}
         if {key: found.get(key) for key in made_of} == made_of:
             print(f"report: {path} is of these models and rows; skipped")
             return report.text(found)
         print("report: accuracy and speed", flush=True)
-        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
+        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if DEVICE.type == "cuda" else
                   f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s), float32")
         own = {name: f"{name} {Path(getattr(self.given, name.partition('-')[0])).name}" for name in self.records
                if name.startswith(("teacher", "student"))}
@@ -214,5 +228,9 @@ class Run:
         wrong = answers[answers.right != " and ".join(first)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())
+        write(self.out / "student" / "README.md", report.card(found, self.given).encode())
+        if (test := Path(self.given.data) / "test.tsv").is_file():  # for GLUE's server
+            said = predict(str(self.out / "student"), data.read(test, self.columns[:-1], ()), self.settings.length)
+            write(self.out / "QNLI.tsv", data.tsv([("index", "prediction"), *((n, label) for n, (label, _) in enumerate(said))]))
         write_json(path, found)
         return report.text(found)
