@@ -35,16 +35,16 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
     unit, first = ("row", 1) if path.suffix in (".csv", ".parquet") else ("line", 2)
     try:
         if path.suffix == ".parquet":
-            table = pandas.read_parquet(path).astype(str)
+            table = pandas.read_parquet(path).astype("string").fillna("")
             header, rows = [*table], table.to_numpy().tolist()
         else:
-            text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="\n")
+            text = io.StringIO(path.read_bytes().decode("utf-8-sig") or "\n", newline="\n")
             style = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             header, *rows = csv.reader(text, **style)
     except (ValueError, csv.Error) as error:
         why = f"not UTF-8 ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else error
         raise ValueError(f"{path}: {why}") from None
-    if not labels and len(header) <= len(columns) and not {*columns} & {*header}:
+    if not labels and 0 < len(header) <= len(columns) and not {*columns} & {*header}:
         columns, header, rows, first = columns[:len(header)], columns[:len(header)], [header, *rows], 1
     for column in columns:
         if column not in header:

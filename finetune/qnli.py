@@ -90,7 +90,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--glove", metavar="FILE", help="vectors for augment=N: a word becomes a near one (default: teacher's)")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
-    parser.add_argument("--seeds", default=1, type=int, help="students of so many seeds from --seed on: their mean and spread")
+    parser.add_argument("--seeds", default=1, type=int, choices=range(1, 100), metavar="N", help="students, and their spread")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
 

@@ -229,7 +229,7 @@ class Run:
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())
         write(self.out / "student" / "README.md", report.card(found, self.given).encode())
-        if (test := Path(self.given.data) / "test.tsv").is_file():  # for GLUE's server
+        if (test := Path(self.given.data).expanduser() / "test.tsv").is_file():  # for GLUE's server
             said = predict(str(self.out / "student"), data.read(test, self.columns[:-1], ()), self.settings.length)
             write(self.out / "QNLI.tsv", data.tsv([("index", "prediction"), *((n, label) for n, (label, _) in enumerate(said))]))
         write_json(path, found)

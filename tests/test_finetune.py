@@ -126,6 +126,9 @@ def test_other_tasks_are_read_by_their_columns_and_labels(tmp_path, kind):
 
 def test_numbers_are_labels_too(tmp_path):
     pandas.DataFrame({"a": ["x", "y"], "b": ["z", "z"], "n": [1, 0]}).to_parquet(tmp_path / "a.parquet")
+    pandas.DataFrame({"a": ["x", None], "n": [1, 0]}).to_parquet(tmp_path / "gap.parquet")
+    with pytest.raises(ValueError, match="row 2: an empty a"):
+        data.read(tmp_path / "gap.parquet", ("a", "n"), ("1", "0"))
     assert data.read(tmp_path / "a.parquet", ("b", "a", "n"), ("1", "0")) == [("z", "x", 0), ("z", "y", 1)]
 
 

@@ -70,6 +70,7 @@ def test_predict_reads_standard_input_and_single_texts(place):
     ("a\tb\n \tc\n", "line 2: an empty question"),
     ("a\tb\tc\n", "no column 'question' (its header has a, b, c)"),
     ("question\tsentence\n", "a header and no rows"),
+    ("", "no column 'question' (its header has )"),
 ])
 def test_what_cannot_be_read_is_an_error_with_its_line(place, tmp_path, capsys, text, says):
     (tmp_path / "rows.tsv").write_text(text)
