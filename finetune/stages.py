@@ -1,6 +1,7 @@
 """From a teacher and a general student to a QNLI model: the folders teacher, layers and student, then the report."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import platform
@@ -228,6 +229,10 @@ class Run:
         wrong = answers[answers.right != " and ".join(first)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())
+        if importlib.util.find_spec("matplotlib"):  # of the extra `export`
+            from finetune.page import page
+
+            write(self.out / "report.html", page(found, answers).encode())
         write(self.out / "student" / "README.md", report.card(found, self.given).encode())
         if (test := Path(self.given.data).expanduser() / "test.tsv").is_file():  # for GLUE's server
             said = predict(str(self.out / "student"), data.read(test, self.columns[:-1], ()), self.settings.length)

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from test_finetune import CPU, made_up_pairs, rows_of, save_model, save_place
 from test_qnli import run
 from transformers import BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from finetune import data, distill, report
+from finetune import data, distill, page, report
 from finetune.data import LABELS, Pair
 
 
@@ -108,6 +110,32 @@ def test_the_report_has_the_sections_and_the_terminal_the_table_alone(done, plac
     assert f"| {place / 'other'} " in shown and "## " not in shown and "report.json is of these models and rows; skipped" in shown
     assert run(place, done) == 0  # other models: measured again
     assert "report: accuracy and speed" in capsys.readouterr().out and len(read(done)["models"]) == 2
+
+
+def test_the_page_stands_alone_and_has_the_figures(done, place):
+    text = (done / "report.html").read_text()
+    assert "src=" not in text and "<script" not in text and "@import" not in text
+    assert not [link for link in re.findall(r'(?:xlink:)?href="([^"]*)"', text) if not link.startswith(("#", "data:"))]
+    svg = ElementTree.fromstring(text[text.index("<svg"):text.index("</svg>") + 6])
+    drawn = [comment.strip() for comment in re.findall("<!--(.*?)-->", text, re.S)]  # matplotlib names each text it draws
+    for wanted in ("Accuracy against speed", "Learning curves", "Confusion", "Calibration", str(place / "other"), "entailment"):
+        assert wanted in drawn, wanted
+    assert svg.tag.endswith("svg") and text.count("<table>") == 4
+
+
+def test_the_page_counts_what_was_said_and_shows_texts_as_they_are():
+    pairs = [Pair("<b>who</b> & why ?", "<script>x</script>", 0)] * 3 + [Pair("a", "b", 1)] * 4
+    table = report.answers(pairs, {"student": torch.tensor([[.9, .1]] * 2 + [[.2, .8]] * 5)}, LABELS)
+    line = {"model": "m", "parameters": 1, "bytes": 1, "accuracy": 6 / 7, "interval": report.interval(6 / 7, 7),
+            "rows_per_second": {32: 5.0, 1: 2.0}}
+    found = {"models": [line], "stages": {"student": {"figures": {"epochs": []}}}, **report.errors(table, ["student"]),
+             "students": [0.8], "dev_rows": 7, "data": "d", "train_rows": 1, "seed": 0,
+             "settings": {"method": "gold"}, "device": "c"}
+    made = page.page(found, table)
+    drawn = [comment.strip() for comment in re.findall("<!--(.*?)-->", made, re.S)]
+    assert drawn[drawn.index("gold") + 1:drawn.index("Confusion")] == ["2", "1", "0", "4"]
+    assert "<script" not in made and "&lt;script&gt;x&lt;/script&gt;" in made
+    assert page.page(found, table) == made
 
 
 def test_models_of_another_vocabulary_and_without_names_are_measured_too(place, tmp_path, tokenizer_folder):
