@@ -67,7 +67,7 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
     found = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(model.base_model, teacher_width).to(model.device).eval()
+        student = Student(model.base_model, teacher_width, "0.weight" in found).to(model.device).eval()
     if student.projection is not None:
         wanted = student.projection.state_dict()
         if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:

@@ -94,6 +94,7 @@ def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tens
         inside = act(_fit(own.intermediate.dense, x, neurons[:, kept]))
         x = x + _fit(own.output.dense, inside, (its.output.dense(act(neurons)) + between) @ p_Dd - x)
         x = _fit_norm(own.output.LayerNorm, x, traced.hidden[n][real] @ p_Dd)
-    if student.projection is not None:
-        student.projection.weight.copy_(p_Dd)
-        student.projection.bias.zero_()
+    for linear in student.projection.modules() if student.projection is not None else ():
+        if isinstance(linear, nn.Linear):
+            linear.weight.copy_(p_Dd)
+            linear.bias.zero_()

@@ -18,19 +18,23 @@ from pretrain.recipe import Recipe, Shape
 
 
 class Student(nn.Module):
-    """A small BERT, and one shared projection of all hidden states to the teacher's width where the widths differ."""
+    """A small BERT, and a projection to the teacher's width, where it is another: of all hidden states, or one for `each`."""
 
-    def __init__(self, encoder: BertModel, teacher_width: int):
+    def __init__(self, encoder: BertModel, teacher_width: int, each: bool = False):
         super().__init__()
-        width = encoder.config.hidden_size
-        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else None
+        width, count = encoder.config.hidden_size, encoder.config.num_hidden_layers + 1
+        self.encoder, self.projection = encoder, None
+        if width != teacher_width:
+            linears = [nn.Linear(width, teacher_width) for _ in range(count if each else 1)]
+            self.projection = nn.ModuleList(linears) if each else linears[0]
 
     def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
         """The trace with hidden states of the teacher's width."""
         traced = trace(self.encoder, ids, segments, real)
         if self.projection is None:
             return traced
-        return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
+        linears = self.projection if isinstance(self.projection, nn.ModuleList) else [self.projection] * len(traced.hidden)
+        return replace(traced, hidden=tuple(linear(h) for linear, h in zip(linears, traced.hidden, strict=True)))
 
 
 def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
@@ -65,7 +69,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw)
         encoder = BertModel(config, add_pooling_layer=False)
-        student = Student(encoder, t.hidden_size)
+        student = Student(encoder, t.hidden_size, recipe.projection == "each")
         if student.projection is not None:
             student.projection.apply(student.encoder._init_weights)
         copied = one_layer_each(layers, t.num_hidden_layers)
@@ -83,7 +87,8 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
     """Write model, tokenizer and, where there is one, projection (for the task stage), whole or not at all; training is over.
 
-    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`."""
+    `weights` are the fp32 masters by parameter name.  projection.safetensors holds `weight` (teacher, student width), `bias`,
+    or those of each state as `0.weight` and on."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
