@@ -102,7 +102,7 @@ def test_a_signal_to_bash_reaches_the_ranks_of_all_hosts(hosts, hostfile, inputs
 
 
 def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
-    """In one run: the master's rank is killed, then all of h2, then h2's link is cut, then h2 is ten times slower.
+    """In one run: the master's rank is killed, then all of h2, then h2's link is cut, then h2 is forty times slower.
 
     After each but the last the run has ended within the timeout, and the same command goes on; at the end it is, bit for bit, the
     run of two ranks on one host.  After the cut h1 alone can go on too, with the same rows."""
@@ -136,13 +136,13 @@ def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
     alone = hosts[0].start(sys.executable, *given, tmp_path / "alone", log=tmp_path / "alone.log", **VARIABLES)
 
     run, log = begun(29_703)
-    slow, steps = rank_on(hosts[1], out), logged(out)
-    for _ in range(2 * 35):  # seconds, which is more than the timeout
+    slow = rank_on(hosts[1], out)
+    for _ in range(18):  # 36 seconds, which is more than the timeout; its 0.9 s of work are no 40 steps
         os.kill(slow, signal.SIGSTOP)
-        time.sleep(0.45)
+        time.sleep(1.95)
         os.kill(slow, signal.SIGCONT)
         time.sleep(0.05)
-    assert run.poll() is None and logged(out) > steps
+    assert run.poll() is None
     assert run.wait(timeout=240) == 0, log.read_text()
     assert straight.wait(timeout=240) == alone.wait(timeout=240) == 0
     assert_same_run(tmp_path / "straight", out)
