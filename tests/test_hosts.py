@@ -136,13 +136,13 @@ def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):
     alone = hosts[0].start(sys.executable, *given, tmp_path / "alone", log=tmp_path / "alone.log", **VARIABLES)
 
     run, log = begun(29_703)
-    slow = rank_on(hosts[1], out)
+    slow, steps = rank_on(hosts[1], out), logged(out)
     for _ in range(18):  # 36 seconds, which is more than the timeout; its 0.9 s of work are no 40 steps
         os.kill(slow, signal.SIGSTOP)
         time.sleep(1.95)
         os.kill(slow, signal.SIGCONT)
         time.sleep(0.05)
-    assert run.poll() is None
+    assert run.poll() is None and logged(out) > steps
     assert run.wait(timeout=240) == 0, log.read_text()
     assert straight.wait(timeout=240) == alone.wait(timeout=240) == 0
     assert_same_run(tmp_path / "straight", out)
