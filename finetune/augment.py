@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas
 import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from transformers import AutoModelForMaskedLM
 
@@ -14,21 +16,17 @@ from finetune.distill import logits
 from pretrain.encoder import longest_row, opened
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
-BATCH, POOL = 64, 1_000  # masked texts in one pass; words compared with all others at a time
-STOP = frozenset("""about above after again against all also among and any are because been before being below between both but
-can cannot could did does doing down during each either few for from further had has have having her here hers him himself his how
-into its itself just many may might more most much must myself neither nor not now off once one only other our ours out over own
-same shall she should some such than that the their them themselves then there these they this those through too under until upon
-very was were what when where whether which while who whom whose why will with within without would you your yours""".split())
+BATCH = 64  # masked texts in one pass
+STOP = ENGLISH_STOP_WORDS | {"did", "does", "doing", "having", "just", "shall"}
 
 
 def places(pair: Pair, special: list[str]) -> list[list[tuple[str, int, int, str]]]:
     """(text, start, end, word) of the question's and the sentence's words of three or more lower-case letters, not in STOP."""
     pattern = "|".join([*map(re.escape, special), r"[\w'’-]+"])  # a compound is one word, so it stays
     found = [[(text, *match.span(), match[0]) for match in re.finditer(pattern, text)] for text in pair[:2]]
-    left = STOP.union(place[3].lower() for words in found for place in words[1:] if not place[3].islower())  # names stay
-    return [[place for place in words if len(word := place[3]) > 2 and word.isalpha() and word.islower() and word not in left]
-            for words in found]
+    names = {place[3].lower() for words in found for place in words[1:] if not place[3].islower()}
+    return [[place for place in words if len(word := place[3]) > 2 and word.isalpha() and word.islower()
+             and word not in names | STOP] for words in found]
 
 
 def whole_words(name: str) -> dict[int, str]:
@@ -63,10 +61,9 @@ def likely(model: nn.Module, asked: set[tuple], k: int) -> dict[tuple, list[str]
 
 def near(known: pandas.DataFrame, choice: pandas.DataFrame, k: int) -> dict[str, list[str]]:
     """The k words of `choice` nearest to each known one by the cosine of their vectors, without the word itself."""
-    known_VD, choice_VD = (nn.functional.normalize(torch.tensor(table.to_numpy(np.float32))) for table in (known, choice))
-    best = [(some @ choice_VD.T).topk(min(k + 1, len(choice))).indices for some in known_VD.split(POOL)]
-    return {word: [other for other in choice.index[row] if other != word][:k]
-            for word, row in zip(known.index, torch.cat(best).tolist(), strict=True)}
+    nearest = NearestNeighbors(n_neighbors=min(k + 1, len(choice)), metric="cosine").fit(choice.to_numpy())
+    best = nearest.kneighbors(known.to_numpy(), return_distance=False) if len(known) else ()
+    return {word: [other for other in choice.index[row] if other != word][:k] for word, row in zip(known.index, best)}
 
 
 def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], settings, seed: int) -> Iterator[tuple[int, Pair]]:

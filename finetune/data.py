@@ -69,7 +69,6 @@ def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS) -> 
         raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
     try:
         import datasets  # here: it takes a second, and only this source needs it
-
         splits = datasets.load_dataset("nyu-mll/glue", "qnli")
     except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
         why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"

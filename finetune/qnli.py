@@ -86,7 +86,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         from finetune.stages import Run
-
         table, cut, _ = Run(given, settings).run().partition("\n\n## ")
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

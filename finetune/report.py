@@ -1,6 +1,5 @@
 """How good and how fast the classifiers are and where they err: measured, and as tables."""
 
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import torch
+from scipy.stats import binomtest
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -34,27 +34,20 @@ def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataF
     return pandas.DataFrame(rounds)[1:]  # the first one warms up
 
 
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` rows."""
-    z = 1.959964**2 / count
-    middle, half = share + z / 2, math.sqrt(share * (1 - share) * z + z * z / 4)
-    return (middle - half) / (1 + z), (middle + half) / (1 + z)
-
-
 def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, Tensor]]:
     """A line a model, its speed beside the first one's, its answers beside the teacher's; each one's shares (rows, labels)."""
     speed, lines, shares = {size: speeds(models, size) for size in SPEED_ROWS}, {}, {}
     for name, (model, rows) in models.items():
         shares[name] = each_row(partial(logits, model), rows, model.device).softmax(-1)
         said, files = shares[name].argmax(-1), Path(model.name_or_path).glob("*.safetensors")
-        accuracy = (said == rows.labels).double().mean().item()
-        lines[name] = {"model": name, "parameters": model.num_parameters(), "accuracy": accuracy,
+        right = binomtest((said == rows.labels).sum().item(), len(said))
+        lines[name] = {"model": name, "parameters": model.num_parameters(), "accuracy": right.statistic,
                        "bytes": sum(file.stat().st_size for file in files) or model.get_memory_footprint(),  # the hub's: the same
-                       "interval": interval(accuracy, len(said)),
+                       "interval": tuple(right.proportion_ci(method="wilson")),  # at 95 %
                        "rows_per_second": {size: rounds[name].median() for size, rounds in speed.items()},
                        "speed_ratio": {size: (rounds[name] / rounds.iloc[:, 0]).median() for size, rounds in speed.items()}}
         if teacher:  # it comes first
-            lines[name] |= {"of_teacher": accuracy / max(lines[teacher]["accuracy"], 1e-9),
+            lines[name] |= {"of_teacher": right.statistic / max(lines[teacher]["accuracy"], 1e-9),
                             "agreement": (said == shares[teacher].argmax(-1)).double().mean().item()}
     return [*lines.values()], shares
 
@@ -75,7 +68,7 @@ def errors(table: pandas.DataFrame, names: list[str]) -> dict:
     words = [column.str.lower().str.findall(r"\w+").map(set) for column in (table.question, table.sentence)]
     shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
     groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
-              "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, math.inf]),
+              "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, np.inf]),
               "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
     wrong = table[names].ne(table.gold, axis=0).assign(rows=1).groupby
     rates = [wrong(key.rename(kind), observed=True).agg({"rows": "size"} | dict.fromkeys(names, "mean"))

@@ -45,7 +45,7 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
     """Let a complete `part` appear as `tag`, and old tags go."""
     if len(list(part.rglob("*optim_states.pt"))) != optimizers:
         raise ValueError(f"{part}: not every rank's file is there; --out must be a folder that every node sees")
-    files = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+    files = {str(path.relative_to(part)): {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in sorted(part.rglob("*")) if path.is_file()}
     write_json(part / "manifest.json", {**facts, "files": files})
     sync(part, *part.rglob("*"))
@@ -64,10 +64,6 @@ def identity(teacher: nn.Module) -> str:
     """Tells teachers apart by some of their float32 weights, wherever they lie."""
     some = (parameter.detach().flatten()[:1024].cpu().numpy().tobytes() for parameter in teacher.parameters())
     return hashlib.sha256(b"".join(some)).hexdigest()
-
-
-def _sum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def sync(*paths: Path) -> None:
@@ -95,7 +91,7 @@ def verified(tag: Path) -> dict:
         size = (tag / name).stat().st_size if (tag / name).is_file() else "no"
         if size != expected["bytes"]:
             raise ValueError(f"checkpoint {tag}: {name} has {size} bytes, not {expected['bytes']}; it is cut or missing")
-        if _sum(tag / name) != expected["sha256"]:
+        if hashlib.sha256((tag / name).read_bytes()).hexdigest() != expected["sha256"]:
             raise ValueError(f"checkpoint {tag}: {name} is damaged (its sha256 is another)")
     return facts
 

@@ -10,6 +10,7 @@ import shutil
 import socket
 import warnings
 from argparse import Namespace
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -45,7 +46,6 @@ def read_engine_file(path: Path, device_type: str) -> dict:
 def _check(config: dict, device_type: str) -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
     if not isinstance(config, dict):
         raise ValueError("no JSON object")
     for key in config:
@@ -90,7 +90,6 @@ def join(timeout: float = 600, verbose: bool = False) -> Ranks:
     kind, given, wait = device_type(), os.environ, timedelta(seconds=timeout)
     import deepspeed.ops
     from deepspeed.utils.logging import set_log_level_from_string
-
     set_log_level_from_string("info" if verbose else "error")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
     # Only inference uses this op, and DeepSpeed would compile it at start: 30 to 70 s, or an error without a compiler.
@@ -126,7 +125,6 @@ class Engine:
     def __init__(self, name: str, student: nn.Module, recipe: Recipe, config: dict, micro: int, ranks: Ranks, *,
                  drawn_at: int, saved: Path | None, universal: bool):  # a step; a folder to go on from; is it to_universal's?
         import deepspeed
-
         self.name, self.recipe, self.ranks = name, recipe, ranks
         groups = [{"params": [p for p in student.parameters() if (p.ndim > 1) == yes],  # no bias and no LayerNorm
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
@@ -157,12 +155,14 @@ class Engine:
         self.random = device.get_rng_state()
         return traced
 
-    def update(self, loss: Tensor, step: int) -> None:
+    def update(self, loss: Tensor, step: int, lap: Callable[[str], None]) -> None:
         """Backward of one micro batch's mean row loss; the update itself where the batch is complete."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.recipe.rate(step)  # a schedule object would stand still where DeepSpeed skips a step
         self.deepspeed.backward(loss)
+        lap("student")
         self.deepspeed.step()
+        lap("optimizer")
 
     def trouble(self) -> str | None:
         """What was wrong with the last update; to be called once after each."""
@@ -180,7 +180,6 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """The student's fp32 master weights on the CPU.  Every rank must call it."""
         from deepspeed.utils import safe_get_full_fp32_param
-
         return {name: safe_get_full_fp32_param(p).detach().float().cpu().clone() for name, p in self.module.named_parameters()}
 
     def save(self, folder: Path) -> OSError | None:
@@ -202,7 +201,6 @@ class Engine:
 def to_universal(tag: Path, students: list[str]) -> Path:
     """A checked tag -> a scratch folder in DeepSpeed's universal format, for any ranks, stage and precision.  For rank 0."""
     from deepspeed.checkpoint import ds_to_universal
-
     scratch = tag.parent / ".universal"
     shutil.rmtree(scratch, ignore_errors=True)  # a half-made one of a killed run
     how = dict(num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False)

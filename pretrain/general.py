@@ -63,11 +63,9 @@ def main(argv: list[str] | None = None, work: Callable | None = None) -> None:
 def run(given: argparse.Namespace, stop: StopRequest) -> int:
     """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
     import torch.distributed as dist  # here: --help answers without torch
-
     from pretrain.engine import join
     from pretrain.plan import resolve
     from pretrain.train import Run
-
     ranks = join(given.timeout, given.verbose)
     stop.armed = True
     try:

@@ -1,24 +1,33 @@
-"""What a person sees of a run: run.json, metrics.jsonl, TensorBoard, the progress bar."""
+"""What a person sees of a run: run.json, metrics.jsonl, TensorBoard with pictures in which dark is much, the progress bar."""
 
 import json
 import sys
 import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from pretrain.objective import Trace
 from pretrain.ranks import Ranks
 from shards.block import write, write_json
+
+HEADS = 4  # whose attention is shown
+TOKENS = 1024  # on which layers are compared
 
 
 def _tag(name: str) -> str:
     """TensorBoard orders its groups by name: what tells whether a run is healthy comes first."""
-    health = name.endswith(("loss", "grad_norm", "lr", "/s", "data_wait", "memory_GB"))
+    health = name.endswith(("loss", "grad_norm", "lr", "/s", "data_wait", "memory_GB", "matrix_rate")) or name.startswith("time")
     return f"{'1 health' if health else '3 held-out rows' if name.startswith('held_out') else '2 terms'}/{name}"
 
 
@@ -63,12 +72,26 @@ class Monitor:
         self.board.close()
 
 
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of this rank in a product of large matrices, the best of five."""
+    n = 8192 if device.type == "cuda" else 1024
+    timer = Timer("a @ a", globals={"a": torch.ones(n, n, dtype=dtype, device=device)}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / min(timer.timeit(1).median for _ in range(5))
+
+
 class Window:
     """Figures by row since the last logged step: sums on the device until they are asked for; and what the steps took."""
 
     def __init__(self):
         self.sums, self.rows, self.tokens = {}, 0, 0
-        self.begin, self.waited = time.perf_counter(), 0.0
+        self.begin, self.waited, self.laps = time.perf_counter(), 0.0, []
+
+    def lap(self, part: str) -> None:
+        """What was computed since the last lap is this part's; a GPU notes the time when it comes there, and nothing waits."""
+        mark = time.perf_counter()
+        if torch.cuda.is_initialized():
+            (mark := torch.cuda.Event(enable_timing=True)).record()
+        self.laps.append((part, mark))
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Values (R,) of some rows."""
@@ -81,9 +104,35 @@ class Window:
         rows = total.pop("rows")
         return {name: value / rows for name, value in total.items()}
 
-    def rates(self, ranks: Ranks) -> dict[str, float]:
-        """Over all ranks; data_wait is the share of time spent waiting for rows, memory a rank's peak."""
-        seconds, gpu = time.perf_counter() - self.begin, ranks.device.type == "cuda"
+    def rates(self, ranks: Ranks, operations: float) -> dict[str, float]:
+        """Over all ranks; shares of the time by part, a rank's peak memory, its `operations` a token beside its matrix rate."""
+        gpu = ranks.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+        torch.cuda.synchronize() if gpu else None
+        seconds, spent = time.perf_counter() - self.begin, Counter(data_wait=self.waited)
+        for (_, begin), (part, end) in pairwise(self.laps):
+            spent[f"time/{part}"] += begin.elapsed_time(end) / 1000 if gpu else end - begin
+        shares = {part: taken / seconds for part, taken in spent.items() if part != "time/"} | {
+            "matrix_rate": operations * self.tokens / seconds, "memory_GB": memory / 1e9}
         return dict(ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
-                                 "data_wait": self.waited / seconds / ranks.world, "memory_GB": memory / 1e9 / ranks.world}))
+                                 **{name: value / ranks.world for name, value in shares.items()}}))
+
+
+def attention(student: Trace, teacher: Trace, real_BL: Tensor, layers: list) -> Tensor:
+    """The first row's attention: a line for each student layer, in it for each head the teacher's, then the student's."""
+    def maps(x: Trace, layer: int) -> Tensor:
+        q, k = (part[layer - 1][0, :HEADS, real_BL[0]].float() for part in (x.queries, x.keys))
+        p_HLL = (q @ k.mT * q.shape[-1]**-0.5).softmax(-1).sqrt()  # the root shows small ones too
+        return F.pad(p_HLL / p_HLL.amax((1, 2), keepdim=True), (0, 1, 0, 1), value=1.0)
+
+    pairs = [(maps(teacher, np.max(layer)), maps(student, m)) for m, layer in enumerate(layers, start=1) if layer != ()]
+    return 1 - torch.cat([torch.cat([one for heads in zip(*pair) for one in heads], 1) for pair in pairs])
+
+
+def similarity(student: Trace, teacher: Trace, real_BL: Tensor) -> Tensor:
+    """Linear CKA (arXiv 1905.00414) of every student layer (down) with every teacher layer, the embeddings first."""
+    s_states, t_states = ([x[real_BL][:TOKENS].float() for x in traced.hidden] for traced in (student, teacher))
+    s_states, t_states = ([x - x.mean(0) for x in states] for states in (s_states, t_states))
+    s_norms, t_norms = ([(x.mT @ x).norm() for x in states] for states in (s_states, t_states))
+    return 1 - torch.stack([torch.stack([(x.mT @ y).norm()**2 / (a * b) for y, b in zip(t_states, t_norms)])
+                            for x, a in zip(s_states, s_norms)])

@@ -56,10 +56,13 @@ class Recipe:
     gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: PositiveInt = 500  # steps between two looks at the held-out rows; first and last step always
+    profile: str = ""  # such as 100:105: torch's trace of steps 100 to 104, of rank 0, goes into OUT/tensorboard
 
     def __post_init__(self):
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
+        if self.profile and (not re.fullmatch(r"[1-9]\d*:\d+", self.profile) or int.__ge__(*map(int, self.profile.split(":")))):
+            raise ValueError(f"profile={self.profile}: write the first step and the one after the last, such as profile=100:105")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
@@ -83,7 +86,7 @@ class Recipe:
 
 
 KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing")  # may differ
+NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing", "profile")
 
 
 def override(recipe, settings: Iterable[str]):

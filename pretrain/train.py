@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -17,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import profile, schedule, tensorboard_trace_handler
+from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import checkpoint
 from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
-from pretrain.monitor import Monitor, Window
+from pretrain.monitor import Monitor, Window, attention, matrix_rate, similarity
 from pretrain.objective import distil, weighted
-from pretrain.pictures import attention, similarity
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
@@ -53,6 +55,7 @@ class Run:
             f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
         ranks.first(mark.rmdir)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
+        self.operations = None  # for a token of the first update, in seconds of this rank's matrix rate
         self._resume()
         self._begin()
 
@@ -140,7 +143,11 @@ class Run:
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""
         recipe, window, folder = self.recipe, Window(), self.out / "checkpoints"
-        with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
+        begin, end = map(int, (recipe.profile or "0:1").split(":"))
+        wait = begin - 1 - self.step  # one step warms the profiler up
+        due = schedule(wait=wait if self.monitor and wait >= 0 else 2**31, warmup=1, active=end - begin, repeat=1)
+        traced = profile(schedule=due, on_trace_ready=tensorboard_trace_handler(str(self.out / "tensorboard")))
+        with traced, ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
             batches, stop = self._agree(ahead.submit(self._read, self.step), window)
             if self.step == 0 and not stop:
                 self._log({"rows": 0, **self._look_at_held_out()})
@@ -148,6 +155,7 @@ class Run:
                 coming = ahead.submit(self._read, self.step + 1)
                 self._update(batches, window)
                 self.step += 1
+                traced.step()
                 batches, stop = self._agree(coming, window)
                 save = stop or self._due(recipe.save_every)
                 figures = {}
@@ -160,6 +168,10 @@ class Run:
                 if save:
                     self.saved = checkpoint.save(folder, self.engines, self.ranks, self.step, self.about, self.saved)
                 window.begin += time.perf_counter() - pause  # rates are those of training alone
+
+    def _log(self, figures: dict[str, float]) -> None:
+        if self.monitor:
+            self.monitor.log(self.step, figures)
 
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or self.step % every == 0
@@ -201,6 +213,7 @@ class Run:
         kinds = [*recipe.weights] + ["cosine"] * (held_out and not recipe.cosine)
         with torch.no_grad():
             teacher = trace(self.teacher, ids, segments, mask)
+        window.lap("teacher")
         for engine in self.engines:
             layers, student = self.plan.layers[engine.name], engine(ids, segments, mask)
             if held_out and self.monitor and batch is self.held_out[0]:
@@ -218,23 +231,25 @@ class Run:
     def _update(self, batches: list[Batch], window: Window) -> None:
         self.row_numbers = np.concatenate([batch.numbers for batch in batches])
         self.row_losses = {engine: [] for engine in self.engines}
-        for batch in batches:
-            for engine, losses in self._losses(batch, window):
-                self.row_losses[engine].append(losses.detach())
-                engine.update(losses.mean(), self.step)
+        counter = nullcontext() if self.operations else FlopCounterMode(display=False)
+        window.lap("")
+        with counter:
+            for batch in batches:
+                for engine, losses in self._losses(batch, window):
+                    self.row_losses[engine].append(losses.detach())
+                    engine.update(losses.mean(), self.step, window.lap)
+        if not self.operations:
+            rate = matrix_rate(DTYPES[self.plan.teacher_dtype], self.ranks.device)
+            self.operations = counter.get_total_flops() / window.tokens / rate
 
     def _figures(self, window: Window) -> dict[str, float]:
-        return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks),
+        return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks, self.operations),
                 "lr": self.recipe.rate(self.step - 1),
                 **{self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}}
 
     def _named(self, engine: Engine, figure: str) -> str:
         """With one student figures have plain names; with several the student's stands before them."""
         return figure if len(self.engines) == 1 else f"{engine.name}/{figure}"
-
-    def _log(self, figures: dict[str, float]) -> None:
-        if self.monitor:
-            self.monitor.log(self.step, figures)
 
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, float]:

@@ -7,20 +7,26 @@ import io
 import json
 import os
 import re
+import subprocess
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
-
-from shards.opener import address, fetch
 
 FORMAT = 1
 BLOCK_ROWS = 512  # one sample; larger blocks read no faster
 SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")  # a manifest may only name files beside it
 NPY = re.compile(rb"\x93NUMPY\x01\x00..\{'descr': '([<|]u[1248])', 'fortran_order': False, 'shape': \(([0-9, ]*)\), \} *\n", re.S)
+BACK_OFF = (0, 1, 2, 4)  # seconds before each try
+STALL = 60  # seconds without a byte from a server end a try
+COMMAND_SECONDS = 600  # the longest a command may take: it may say nothing while it works
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,47 @@ def write_shard(path: Path, blocks: Iterable[Block]) -> Shard:
             rows += block.rows
             tokens += len(block.ids)
     return Shard(path.name, rows, tokens, len(whole.getbuffer()), write(path, whole.getbuffer()))
+
+
+def address(folder: str | Path, name: str) -> Path | str:
+    """A file's path where it is local, else its URL or `pipe:COMMAND`.  ValueError where the folder is of no known kind."""
+    scheme, _, rest = str(folder).partition(":")
+    if scheme in ("http", "https") and rest:
+        return f"{folder.rstrip('/')}/{name}"
+    if scheme == "pipe" and "{}" in rest:
+        return folder.replace("{}", name)
+    if scheme == "pipe" or rest.startswith("//"):
+        raise ValueError(f"shards {folder}: give a folder, http(s)://HOST/FOLDER, or a command that prints file {{}}, such as "
+                         "'pipe:aws s3 cp s3://bucket/wiki/{} -'")
+    return Path(folder) / name
+
+
+def fetch(folder: str | Path, name: str, size: int | None = None) -> bytes:
+    """All bytes of a file, in four tries where it is not local, `size` of them where that is known.  OSError in one line."""
+    where = address(folder, name)
+    if isinstance(where, Path):
+        return where.read_bytes()
+    for seconds in BACK_OFF:
+        time.sleep(seconds)
+        try:
+            if where.startswith("pipe:"):
+                data = subprocess.run(where[5:], shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True,
+                                      timeout=COMMAND_SECONDS).stdout
+            else:
+                with urlopen(where, timeout=STALL) as answer:
+                    data = answer.read()  # IncompleteRead where the server promised more
+            if size in (None, len(data)):
+                return data
+            wrong = f"{len(data):,} bytes came, but the manifest says {size:,}"
+        except HTTPError as error:
+            wrong = f"HTTP status {error.code} {error.reason}"
+            if error.code < 500 and error.code != 429:  # not a matter of time
+                raise OSError(wrong) from error
+        except subprocess.CalledProcessError as error:
+            wrong = f"exit code {error.returncode}: {error.stderr.decode(errors='replace').strip().split(chr(10))[-1]}"
+        except (OSError, HTTPException, subprocess.TimeoutExpired) as error:
+            wrong = str(getattr(error, "reason", error)) or type(error).__name__
+    raise OSError(f"{wrong}; {len(BACK_OFF)} tries")
 
 
 def check_there(folder: str | Path, shard: Shard) -> None:

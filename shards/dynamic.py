@@ -32,7 +32,6 @@ class DynamicMasks:
     def apply(self, ids: np.ndarray, lengths: np.ndarray, epochs: np.ndarray, numbers: np.ndarray) -> None:
         """Mask padded rows (R, L) in place.  A row's chances, three for each position, follow from its pass and number, (R,)."""
         from shards.pairs import masked, words  # here: only these masks need the build's libraries
-
         keys = splitmix64(splitmix64(splitmix64(self.seed) + epochs.astype(np.uint64)) + numbers.astype(np.uint64))
         for start in range(0, len(ids), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)

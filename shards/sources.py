@@ -88,7 +88,6 @@ def _of_hub(source: str, kind: str, given: str | None, split: str | None, revisi
     """(column, files) of the parts of HUB, one text over all; the names of files that are not here hold the commit."""
     import datasets
     from huggingface_hub import HfApi
-
     names, split = given.split(":") if given else [], split or "train"
     column = names.pop() if kind == "hf" and names else "text"
     if kind in HOMES and len(names) == (kind == "wikitext"):

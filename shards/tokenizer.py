@@ -44,7 +44,6 @@ def _fast(slow):
     """The fast form of a Python tokenizer over a SentencePiece model.  ValueError where a probe gets other ids."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
-
     extractor = SentencePieceExtractor(slow.vocab_file)
     pieces, trained, rules = extractor.proto.pieces, extractor.proto.trainer_spec, extractor.proto.normalizer_spec
     if trained.model_type not in (trained.UNIGRAM, trained.BPE):
@@ -93,7 +92,6 @@ def auto_tokenizer(name: str):
         raise ValueError(f"tokenizer {name}: no such {'file' if is_file else 'folder'}; {instead}")
     from transformers import AutoTokenizer  # here, because it loads torch
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
-
     stored = [path] if is_file else [*path.glob("*.model"), *path.glob("tokenizer.json"), *path.glob("vocab.*")]
     bare = [file.suffix for file in stored] == [".model"]
     try:

@@ -1,17 +1,23 @@
 """What a person reads after a plausible mistake: one line with what was given, what is wrong and what to write.
 
-Messages that stand beside what they are about (test_general, test_build, test_sources, test_finetune, ...) are not here again."""
+What is more to its subject than a message (each damage of a shard, each source, ...) is in the tests of that subject."""
 
+import errno
+import json
+import os
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
+from conftest import save_tokenizer
 from runs import ROOT, SMALL, launch
 
 import finetune.qnli
 import shards.build
 import shards.look
+from pretrain.checkpoint import newest_good
 from pretrain.general import options
 from pretrain.plan import resolve
 
@@ -28,6 +34,36 @@ def train(*argv: str) -> str:
     return str(error.value)
 
 
+def go_on(*settings: str) -> str:
+    """The error of a run over the checkpoint of one with lr=1e-4 after 50 of 100 steps."""
+    tag, was = Path("run/checkpoints/step-50"), {"lr": 1e-4, "batch": 8, "steps": 100, "keep_every": 0}
+    tag.mkdir(parents=True)
+    (tag / "manifest.json").write_text(json.dumps({"step": 50, "files": {}, "settings": was, "machine": {}}))
+    now = was | {key: float(value) for key, value in (setting.split("=") for setting in settings)}
+    with pytest.raises(ValueError) as error:
+        newest_good(tag.parent, {"settings": now, "machine": {}})
+    return str(error.value)
+
+
+def listen_elsewhere(*argv: str) -> str:
+    """The error of a rank whose port another program has."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        said = launch(*argv, expect=2, variables={"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                                                  "MASTER_PORT": port})
+    assert f"127.0.0.1:{port}" in said and f"--master_port {int(port) + 1}" in said
+    return said.strip().splitlines()[-1]
+
+
+def build_on_a_full_disk(argv: list[str]) -> int:
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        return shards.build.main(argv)
+
+
 @pytest.fixture
 def place(tmp_path, shards_folder, teacher_folder, text_folder, monkeypatch) -> Path:
     """A folder with shards, a teacher, text, a file, an empty folder and task data, in which the commands are given."""
@@ -36,6 +72,8 @@ def place(tmp_path, shards_folder, teacher_folder, text_folder, monkeypatch) -> 
         (tmp_path / name).symlink_to(target)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
+    shutil.copytree(teacher_folder, tmp_path / "cased")
+    save_tokenizer(tmp_path / "cased", do_lower_case=False)
     (tmp_path / "noweights").mkdir()
     shutil.copy(teacher_folder / "config.json", tmp_path / "noweights")
     (tmp_path / "deberta").mkdir()
@@ -66,6 +104,16 @@ MISTAKES = {
     "a GPU's engine file on a CPU": (train, [*TRAIN, "--engine", "ds_configs/gpu-fp16.json"], "fp16 needs a GPU.*cpu.json"),
     "three ranks for 64 lanes": (train, [*TRAIN, "--dry-run", "--gpus", "3"], "do not divide over 3 ranks; start with"),
     "GPUs in words": (train, [*TRAIN, "--dry-run", "--gpus", "all"], "--gpus: invalid int value: 'all'"),
+    "a profile of one step": (train, [*TRAIN, "profile=100"], "profile=100: write the first step .* profile=100:105"),
+    "a profile that ends first": (train, [*TRAIN, "profile=5:5"], "profile=5:5: write the first step"),
+    "a teacher with another tokenizer": (train, [*TRAIN, "--teacher", "cased"], "teacher cased has another .*; build shards with "
+                                         "--tokenizer cased"),
+    "a checkpoint of other settings": (go_on, ["lr=1e-3"], "step-50 belongs to a run with other settings: lr was 0.0001, is "
+                                       "0.001. Give the same settings, another --out, or --fresh"),
+    "a checkpoint of a later step": (go_on, ["steps=20"], "is 50 steps old already; write steps=50 or more, or --fresh"),
+    "a port in use": (listen_elsewhere, [*TRAIN, "--out", "run"], "the ranks cannot meet at .*; another run has the port, write"),
+    "no space": (build_on_a_full_disk, ["text", "--tokenizer", "teacher", "--out", "new", "--workers", "1"],
+                 "--out new: .*No space left on device; make room or mend it, then the same command goes on"),
     "no source": (shards.build.main, ["--tokenizer", "teacher", "--out", "new"], "required: SOURCE"),
     "no tokenizer": (shards.build.main, ["text", "--out", "new"], "required: --tokenizer"),
     "a source that is not there": (shards.build.main, ["txet/*.txt", "--tokenizer", "teacher", "--out", "new"], "txet"),
@@ -91,8 +139,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_answered_in_a_line(mistake, place, capsys):
     program, argv, says = MISTAKES[mistake]
-    if program is train:
-        said = train(*argv)
+    if program in (train, go_on, listen_elsewhere):
+        said = program(*argv)
     else:
         try:
             code = program(argv)

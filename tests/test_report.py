@@ -44,13 +44,13 @@ def said(done, place, name):
         return model(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits.softmax(-1), rows.labels
 
 
-@pytest.mark.parametrize("right, count", [(0, 20), (7, 20), (20, 20), (779, 1000)])
-def test_the_interval_holds_the_shares_that_a_test_of_95_percent_does_not_refuse(right, count):
-    low, high = report.interval(right / count, count)
+def is_wilsons(interval: list[float], share: float, count: int) -> None:
+    """The interval holds the shares that a test of 95 % does not refuse (Wilson, 1927)."""
+    low, high = interval
     for edge in (low, high):
-        deviation = math.sqrt(count) * abs(right / count - edge)
+        deviation = math.sqrt(count) * abs(share - edge)
         assert deviation == pytest.approx(1.959964 * math.sqrt(max(0, edge * (1 - edge))), abs=1e-6)
-    assert -1e-12 <= low <= right / count <= high <= 1 + 1e-12 and low < high
+    assert -1e-12 <= low <= share <= high <= 1 + 1e-12 and low < high
 
 
 def test_a_line_for_every_model_with_the_teacher_first(done, place):
@@ -59,7 +59,8 @@ def test_a_line_for_every_model_with_the_teacher_first(done, place):
     (teacher, gold), (ours, _), (other, _) = (said(done, place, name) for name in ("teacher", "student", "other"))
     for line, shares, folder in zip(lines, (teacher, ours, other), (done / "teacher", done / "student", place / "other")):
         right = (shares.argmax(-1) == gold).double().mean().item()
-        assert line["accuracy"] == right and line["interval"] == list(report.interval(right, 20))
+        assert line["accuracy"] == right
+        is_wilsons(line["interval"], right, 20)
         assert line["of_teacher"] == right / lines[0]["accuracy"]
         assert line["agreement"] == (shares.argmax(-1) == teacher.argmax(-1)).double().mean().item()
         assert line["bytes"] == (folder / "model.safetensors").stat().st_size > 4 * line["parameters"]

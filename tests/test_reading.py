@@ -16,7 +16,7 @@ import pytest
 from runs import SMALL, launch, learned, metrics
 from test_stream import rows_at
 
-from shards import block, opener
+from shards import block
 from shards.block import read_manifest, read_shard
 from shards.dynamic import DynamicMasks, splitmix64
 from shards.stream import Stream
@@ -68,7 +68,7 @@ def server(shards_folder):
 def waits(monkeypatch):
     """The seconds of back-off, not waited."""
     seconds = []
-    monkeypatch.setattr(opener, "time", SimpleNamespace(sleep=seconds.append))
+    monkeypatch.setattr(block, "time", SimpleNamespace(sleep=seconds.append))
     return seconds
 
 
@@ -84,7 +84,7 @@ def same(one: block.Block, other: block.Block) -> bool:
 @pytest.mark.parametrize("failures", [(), (503,), (500, 429), ("cut", "short", 502), ("silent",)])
 def test_what_a_server_gives_is_what_the_folder_holds(server, shards_folder, shard, waits, monkeypatch, failures):
     """After failures that pass: 5xx, too many requests, a body that ends too early with and without its length, a stall."""
-    monkeypatch.setattr(opener, "STALL", 0.5)
+    monkeypatch.setattr(block, "STALL", 0.5)
     server.answers[shard.name] = iter(failures)
     assert read_manifest(server.address) == read_manifest(shards_folder)
     waits.clear()
@@ -101,7 +101,7 @@ def test_what_a_server_gives_is_what_the_folder_holds(server, shards_folder, sha
     (["silent"] * 4, "timed out; 4 tries", 4),
 ])
 def test_a_server_that_fails_is_named_with_shard_and_status(server, shard, waits, monkeypatch, answers, says, tries):
-    monkeypatch.setattr(opener, "STALL", 0.2)
+    monkeypatch.setattr(block, "STALL", 0.2)
     server.answers[shard.name] = iter(answers)
     with pytest.raises(ValueError, match=rf"^shard {server.address}{shard.name}: cannot be read \({says}\)$"):
         read_shard(server.address, shard)
@@ -129,7 +129,7 @@ def test_a_command_gives_what_the_folder_holds(shards_folder, shard, waits, tmp_
     ("sleep 60 # {}", "Command .* timed out after 0.2 seconds; 4 tries"),
 ])
 def test_a_command_that_fails_says_its_last_line(shards_folder, shard, waits, monkeypatch, command, says):
-    monkeypatch.setattr(opener, "COMMAND_SECONDS", 0.2 if "sleep" in command else 60)
+    monkeypatch.setattr(block, "COMMAND_SECONDS", 0.2 if "sleep" in command else 60)
     with pytest.raises(ValueError, match=rf"^shard pipe:.*train-00001.tar.*: cannot be read \({says}\)$"):
         read_shard("pipe:" + command.replace("FOLDER", str(shards_folder)), shard)
     assert waits == [0, 1, 2, 4]
