@@ -3,17 +3,16 @@
 import re
 from collections.abc import Iterator
 
-import numpy as np
 import pandas
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from sklearn.neighbors import NearestNeighbors
-from torch import nn
 from transformers import AutoModelForMaskedLM
 
 from finetune.data import Pair
 from finetune.distill import logits
 from pretrain.encoder import longest_row, opened
+from shards.block import chance
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
 BATCH = 64  # masked texts in one pass
@@ -36,13 +35,13 @@ def whole_words(name: str) -> dict[int, str]:
     return {number: word for number, word in pieces if fit[number] and word.isalpha() and word.islower()}
 
 
-def open_mlm(name: str) -> nn.Module:
+def open_mlm(name: str) -> torch.nn.Module:
     """A masked language model with its head in eval mode, float32: in 16 bit the likeliest words would depend on the batch."""
     return opened(AutoModelForMaskedLM, name, dtype=torch.float32).eval()
 
 
 @torch.inference_mode()
-def likely(model: nn.Module, asked: set[tuple], k: int) -> dict[tuple, list[str]]:
+def likely(model: torch.nn.Module, asked: set[tuple], k: int) -> dict[tuple, list[str]]:
     """The model's k likeliest whole words for each (text, start, end, word) where the word is one piece within its length."""
     tokenizer, words, answers = auto_tokenizer(model.name_or_path), whole_words(model.name_or_path), {}
     mask, single, allowed = tokenizer.mask_token, {*words.values()}, torch.tensor(list(words), device=model.device)
@@ -72,7 +71,7 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
     for row, (pair, sides) in enumerate(zip(pairs, found, strict=True)):
         for side, (text, places) in enumerate(zip(pair[:2], sides, strict=True)):
             words = [(*place[1:3], options[place]) for place in places if place in options]
-            for draws in np.random.Generator(np.random.PCG64([seed, row, side])).random((settings.augment, len(words), 2)):
+            for draws in chance(seed, row, side).random((settings.augment, len(words), 2)):
                 changed = text
                 for (start, end, choice), (hit, pick) in reversed([*zip(words, draws, strict=True)]):  # so that starts stay true
                     if hit < settings.augment_p:
@@ -83,7 +82,7 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
                     yield row, new
 
 
-def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: str | None) -> tuple:
+def augmented(pairs: list[Pair], teacher: torch.nn.Module, settings, seed: int, mlm: str | None) -> tuple:
     """Numbers of origins, new rows with their origins' labels, where the words came from."""
     tokenizer, k = auto_tokenizer(teacher.name_or_path), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
@@ -97,5 +96,4 @@ def augmented(pairs: list[Pair], teacher: nn.Module, settings, seed: int, mlm: s
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")
-    return *map(list, zip(*rows, strict=True)), {
-        "words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours)}
+    return *map(list, zip(*rows, strict=True)), {"words_by_mlm": len(by_mlm), "words_by_neighbours": len(by_neighbours)}

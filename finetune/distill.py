@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from pretrain.encoder import ATTENTION, longest_row, model_config, opened
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
+from shards.block import written_whole
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 BATCH = 128  # rows of an evaluation's batch; changes no figure
@@ -43,10 +45,9 @@ def open_classifier(name: str | Path, seed: int, device: torch.device, labels: t
     names = output_names(model_config(str(name)), labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a head of another task's size is drawn too; every other tensor's size follows from the config
-        model = opened(
-            AutoModelForSequenceClassification, str(name), may_lack=True, dtype=torch.float32, attn_implementation=ATTENTION,
-            id2label=dict(enumerate(labels)), label2id={label: n for n, label in enumerate(labels)},
-            problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
+        model = opened(AutoModelForSequenceClassification, str(name), may_lack=True, attn_implementation=ATTENTION,
+                       id2label=dict(enumerate(labels)), label2id=dict(map(reversed, enumerate(labels))), dtype=torch.float32,
+                       problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
     if names:
         reorder(model, [names.index(label) for label in labels])
     return model.to(device).eval()
@@ -116,19 +117,28 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
-        measure: Callable[[], float], layered: bool = False) -> list[dict]:
-    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch."""
+        measure: Callable[[], float], state: Path, layered: bool = False) -> list[dict]:
+    """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch.
+    The file `state` is written after each epoch; where it is there, training goes on behind its epoch, bit for bit."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
-    figure = "dev_loss" if stage == "layers" else "dev_accuracy"
-    order, each = torch.Generator().manual_seed(seed), math.ceil(len(rows.labels) / settings.batch)
+    figure, best = ("dev_loss", min) if stage == "layers" else ("dev_accuracy", max)
+    order, each = torch.Generator(), math.ceil(len(rows.labels) / settings.batch)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # biases and LayerNorms
     optimizer = torch.optim.AdamW(groups, lr=getattr(settings, f"{stage}_lr"), fused=True)
     kind, steps, curve, kept = "constant" if stage == "layers" else "linear", epochs * each, [], None
     rate = get_scheduler(kind, optimizer, round(settings.warmup * steps), steps)
+    if state.exists():
+        *states, curve, kept = torch.load(state, weights_only=True, map_location=device)
+        for one, its in zip((model, optimizer, rate), states, strict=True):
+            one.load_state_dict(its)
+        print(f"  {stage}: goes on after epoch {len(curve)}", flush=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for epoch in range(1, epochs + 1):
+        for epoch in range(len(curve) + 1, epochs + 1):
+            if settings.patience and curve and epoch - best(curve, key=itemgetter(figure))["epoch"] > settings.patience:
+                break
+            for draw in (torch.manual_seed, order.manual_seed):
+                draw(epoch << 32 | seed)  # so that a run can go on behind any epoch
             model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
             for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):
@@ -145,7 +155,9 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             model.eval()
             curve.append({"epoch": epoch, "loss": mean_loss, figure: measure()})
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
-            if stage != "layers" and curve[-1] is max(curve, key=lambda line: line[figure]):
+            if stage != "layers" and curve[-1] is best(curve, key=itemgetter(figure)):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
+            with written_whole(state) as file:
+                torch.save([*(one.state_dict() for one in (model, optimizer, rate)), curve, kept], file)
     model.load_state_dict(kept or model.state_dict())
     return curve

@@ -16,7 +16,7 @@ from pretrain.recipe import CHECKED, override
 METHODS = {"tinybert": ("teacher", "augment", "layers", "predictions", "report"),  # and the stages of each
            "joint": ("teacher", "augment", "predictions", "report"), "gold": ("gold", "report")}
 JOINT = {"embedding": 0.3, "hidden": 0.3, "attention": 0.5, "temperature": 2.0}  # what method=joint begins with
-COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip")  # every stage's output depends on these,
+COMMON = ("rows", "length", "batch", "warmup", "weight_decay", "clip", "patience")  # every stage's output depends on these,
 LAYERS = ("layer_map", "embedding", "hidden", "attention")  # on those that begin with its name, and two on more
 STAGE = {"layers": LAYERS, "predictions": (*LAYERS, "method", "temperature", "prediction", "soft", "hard")}
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -33,6 +33,7 @@ class Settings:
     warmup: Share = 0.1  # share of the updates of a linear schedule
     weight_decay: NonNegativeFloat = 0.01  # not on bias and LayerNorm
     clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0: any
+    patience: NonNegativeInt = 0  # epochs without a better dev figure that end a training; 0: none do
     teacher_lr: NonNegativeFloat = 3e-5  # linear; small teachers want more (a 6-layer, 384 wide one 1e-4)
     teacher_epochs: NonNegativeInt = 3
     min_teacher: Share = 0.6  # a teacher below this dev accuracy is refused
@@ -62,10 +63,9 @@ class Settings:
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; reading it imports no torch."""
-    parser = argparse.ArgumentParser(
-        prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Task distillation on QNLI: does a sentence answer a question?",
-        epilog=f"key=value settings: {', '.join(vars(Settings()))} (see finetune/qnli.py)")
+    parser = argparse.ArgumentParser(prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Task distillation on QNLI: does a sentence answer a question?",
+                                     epilog=f"key=value settings: {', '.join(vars(Settings()))} (see finetune/qnli.py)")
     parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")

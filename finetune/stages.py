@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,13 @@ from pretrain.student import Student
 from shards.block import write, write_json
 from shards.tokenizer import auto_tokenizer, plain
 
+STATE = "training.pt"  # in a part folder, while its model is trained
+OURS = ("stage.json", STATE, "README.md")  # beside a model
+
 
 def sums(name: str | Path) -> str:
-    """What tells two models apart: a sha256 over all files of a folder but its record; a hub name stands for itself."""
-    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name != "stage.json")
+    """What tells two models apart: a sha256 over all files of a folder but OURS; a hub name stands for itself."""
+    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name not in OURS)
     found = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if files else str(name)
 
@@ -39,25 +41,28 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     if not make:
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
-    part.mkdir(parents=True)
+    part = folder.with_name(f"{folder.name}.{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}.part")
+    for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
+        shutil.rmtree(other)
+    part.mkdir(parents=True, exist_ok=True)
     try:
         found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+        (part / STATE).unlink(missing_ok=True)
         write_json(part / "stage.json", found)
         if folder.exists():  # nothing is deleted
             free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
         part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except Exception:  # a killed run goes on from its STATE
+        shutil.rmtree(part)
+        raise
     return found
 
 
 class Run:
     """What every stage is given, read and checked before a model trains, and how each one fills its folder."""
 
-    def __init__(self, given: Namespace, settings):
+    def __init__(self, given, settings):
         self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
         self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
         if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:
@@ -160,7 +165,7 @@ class Run:
         student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
         loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
         measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
-        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, layered)
+        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, part / STATE, layered)
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
         plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
         if stage == "layers" and (projection := student.projection.state_dict()):
@@ -182,8 +187,8 @@ class Run:
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
         answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
         found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
-                 "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed,
-                 "settings": vars(self.settings), **made_of}
+                 "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed, "settings": vars(self.settings),
+                 **made_of}
         wrong = answers[answers.right != " and ".join(own)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())

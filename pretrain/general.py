@@ -13,10 +13,9 @@ from pretrain.signals import StopRequest
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; reading it imports no torch."""
-    parser = argparse.ArgumentParser(
-        prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Distil a small BERT from a big one: embeddings, hidden states and attention scores.",
-        epilog="key=value settings: " + ", ".join(asdict(Recipe())) + " (see pretrain/recipe.py)")
+    parser = argparse.ArgumentParser(prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     description="Distil a small BERT from a big one: its states and attention scores.",
+                                     epilog="key=value settings: " + ", ".join(asdict(Recipe())) + " (see pretrain/recipe.py)")
     parser.add_argument("--shards", default="data/shards", help="what python -m shards.build wrote: a folder, "
                         "http(s)://HOST/FOLDER, or 'pipe:COMMAND {}' with {} for the name of a file")
     parser.add_argument("--teacher", default="bert-base-uncased", help="model folder or hub name")

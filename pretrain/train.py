@@ -31,8 +31,7 @@ from pretrain.ranks import Ranks
 from pretrain.signals import PREEMPTED, StopRequest
 from pretrain.student import build_student, export, recover
 from shards.block import read_shard
-from shards.dynamic import DynamicMasks
-from shards.stream import Batch, Stream, micro_rows
+from shards.stream import Batch, DynamicMasks, Stream, micro_rows
 
 HELD_OUT_ROWS = 256  # the first held-out rows, on which the objective is looked at
 PROJECTED_TOKENS = 2**14  # on which a student's first weights are fitted; the trace of BERT-base then takes 2.5 GB
@@ -239,8 +238,7 @@ class Run:
                     self.row_losses[engine].append(losses.detach())
                     engine.update(losses.mean(), self.step, window.lap)
         if not self.operations:
-            rate = matrix_rate(DTYPES[self.plan.teacher_dtype], self.ranks.device)
-            self.operations = counter.get_total_flops() / window.tokens / rate
+            self.operations = counter.get_total_flops() / window.tokens / matrix_rate(self.teacher.dtype, self.ranks.device)
 
     def _figures(self, window: Window) -> dict[str, float]:
         return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks, self.operations),

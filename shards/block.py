@@ -63,6 +63,11 @@ def id_type(vocab_size: int) -> type:
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
+def chance(*key: int) -> np.random.Generator:
+    """A generator of its own for each key, such as (seed, purpose, number)."""
+    return np.random.Generator(np.random.PCG64(key))
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
     """Open `path` for writing so that it appears complete, on the disk, or not at all."""

@@ -74,7 +74,7 @@ def _make_shard(entry: Path, first: int, last: int) -> None:
     kind, _, number = entry.stem.partition("-")
     settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
     store, counts = stored.Store.opened(entry.parent / "joined", kind, block.id_type(vocabulary.size)), Counter()
-    draws = [stored.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
+    draws = [block.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
     shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)
     block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])

@@ -18,7 +18,7 @@ from threading import Thread
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import id_type, write, write_json, written_whole
+from shards.block import chance, id_type, write, write_json, written_whole
 from shards.corpus import Document, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
@@ -29,10 +29,6 @@ BATCH = 1000  # sentences encoded at once: bounds the memory of a long document
 HELD_OUT, COPIES = 0, 1  # streams of chance
 DRAWS = {"train": (2, 3), "held": (4, 5)}  # of rows and of masks
 DOCUMENT = np.dtype([("sentences", "u4"), ("tokens", "u4"), ("copies", "u1"), ("source", "u2"), ("hash", "u8")])
-
-
-def chance(seed: int, stream: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, stream, number]))
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,22 @@ and laid end to end, are T places; lane l owns the consecutive places from l*(T/
 shard is entry k of its row permutation, drawn from (seed, e, shard).  So each pass is every row exactly once.  A global batch
 is rows j to j+batch-1; its place c belongs to rank (c % lanes) % world.  Letters: R rows, L positions."""
 
+import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from shards.block import Block, Manifest, Shard
-from shards.dynamic import DynamicMasks
+from shards.block import BLOCK_ROWS, Block, Manifest, Shard, chance, read_checked
 
 ORDER, ROWS = 1, 2  # tags that keep the draws of shard order and row order apart
 GATHERED = 2048  # rows gathered at once: numpy's cost for each call vanishes, and they fit in a processor's cache
 READERS = 4  # shards read at the same time
 LENGTH, FIRST, NUMBER, EPOCH = range(4)  # columns of the facts of rows
+GAMMA = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,45 @@ class Batch:
 @lru_cache(maxsize=4)
 def shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The shards of a pass in order, and the place at which each begins (one more entry: the end)."""
-    order = np.random.Generator(np.random.PCG64([seed, ORDER, epoch])).permutation(len(sizes))
+    order = chance(seed, ORDER, epoch).permutation(len(sizes))
     return order, np.cumsum([0, *np.array(sizes)[order]])
 
 
-def row_order(seed: int, epoch: int, shard: int, rows: int) -> np.ndarray:
-    """The order in which a pass reads the rows of one shard."""
-    return np.random.Generator(np.random.PCG64([seed, ROWS, epoch, shard])).permutation(rows)
+def splitmix64(state: np.ndarray) -> np.ndarray:
+    """The next output of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014); uint64."""
+    z = state + GAMMA
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class DynamicMasks:
+    """New masks in each pass by the build's rules and vocabulary, a function of (seed, pass, row); ValueError without them."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest, seed: int):
+        if not manifest.vocabulary:
+            raise ValueError(f"mask=dynamic, but {folder} has no vocabulary.npy; build the shards again, or write mask=none")
+        flags = np.load(io.BytesIO(read_checked(folder, "vocabulary.npy", manifest.vocabulary)), allow_pickle=False)
+        self.special, self.begins_word, self.may_replace = ((flags & bit) > 0 for bit in (1, 2, 4))
+        self.mask, self.row_length, self.seed = manifest.tokenizer["mask"], manifest.row_length, np.array([seed], np.uint64)
+        self.whole_word = manifest.settings["masking"] == "whole-word"
+
+    def apply(self, ids: np.ndarray, lengths: np.ndarray, epochs: np.ndarray, numbers: np.ndarray) -> None:
+        """Mask padded rows (R, L) in place.  A row's chances, three for each position, follow from its pass and number, (R,)."""
+        from shards.pairs import masked, words  # here: only these masks need the build's libraries
+        keys = splitmix64(splitmix64(splitmix64(self.seed) + epochs.astype(np.uint64)) + numbers.astype(np.uint64))
+        for start in range(0, len(ids), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            row, position = np.nonzero(np.arange(ids.shape[1]) < lengths[part, None])
+            flat, row = ids[part][row, position], row + start
+
+            def draw(purpose: int, where: np.ndarray) -> np.ndarray:
+                count = (3 * position[where] + purpose).astype(np.uint64)
+                return (splitmix64(keys[row[where]] + count * GAMMA) >> np.uint64(32)).astype(np.uint32)
+
+            found = words(flat, lengths[part], self, self.whole_word)
+            counts, where, new = masked(found, flat, lengths[part], self, draw, self.row_length)
+            ids[start + np.repeat(np.arange(len(counts)), counts), where] = new
 
 
 class Stream:
@@ -111,7 +145,7 @@ class Stream:
     def _open(self, keys: np.ndarray) -> None:
         for key in sorted({*keys.tolist()} - self.decoded.keys()):
             epoch, n = divmod(key, len(self.sizes))
-            order = row_order(self.seed, epoch, n, self.sizes[n])
+            order = chance(self.seed, ROWS, epoch, n).permutation(self.sizes[n])
             self.decoded[key] = self.readers.submit(self._decode, n, order, epoch)
 
     def _decode(self, n: int, order: np.ndarray, epoch: int) -> tuple[np.ndarray, ...]:

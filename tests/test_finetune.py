@@ -210,7 +210,7 @@ def test_the_prediction_loss_is_a_divergence_summed_over_labels(place, temperatu
     assert imitation(teacher, batch, {"soft": 1.0}, teacher, settings=settings).abs().max() < 1e-7
 
 
-def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
+def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place, tmp_path):
     teacher = distill.open_classifier(place / "teacher", 0, CPU).requires_grad_(False)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     model = distill.open_classifier(place / "student", 0, CPU)
@@ -223,21 +223,23 @@ def test_layers_loss_falls_and_the_teacher_neither_moves_nor_drops(place):
         return 0.0
 
     settings = Settings(layers_lr=3e-3, layers_epochs=4, batch=8)
-    curve = distill.fit(student, loss, rows_of(place / "teacher", made_up_pairs(40, 3)), settings, "layers", 0, measure)
+    curve = distill.fit(student, loss, rows_of(place / "teacher", made_up_pairs(40, 3)), settings, "layers", 0, measure,
+                        tmp_path / "state.pt")
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
     assert modes == [False] * 4
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(place):
+def test_a_loss_that_is_no_number_stops_the_run(place, tmp_path):
     model = distill.open_classifier(place / "student", 0, CPU)
     rows = rows_of(place / "student", made_up_pairs(8, 3))
     with pytest.raises(ValueError, match="gold: the loss became nan; write a smaller gold_lr="):
-        distill.fit(model, lambda batch: distill.logits(model, batch)[:, 0] * np.nan, rows, Settings(), "gold", 0, float)
+        distill.fit(model, lambda batch: distill.logits(model, batch)[:, 0] * np.nan, rows, Settings(), "gold", 0, float,
+                    tmp_path / "state.pt")
 
 
-def test_the_best_epoch_is_what_the_model_ends_with(place):
+def test_the_best_epoch_is_what_the_model_ends_with(place, tmp_path):
     model = distill.open_classifier(place / "student", 0, CPU)
     seen, marks = [], iter([0.5, 0.9, 0.7])
 
@@ -246,11 +248,11 @@ def test_the_best_epoch_is_what_the_model_ends_with(place):
         return next(marks)
 
     rows = rows_of(place / "student", made_up_pairs(16, 3))
-    distill.fit(model, gold(model), rows, Settings(gold_lr=1e-2), "gold", 0, measure)
+    distill.fit(model, gold(model), rows, Settings(gold_lr=1e-2), "gold", 0, measure, tmp_path / "state.pt")
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
-def test_rates(place, monkeypatch):
+def test_rates(place, monkeypatch, tmp_path):
     """Linear up over the warm-up and down to 0 after the last update; constant for the layers."""
     used, stepped = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (used.append(self.param_groups[0]["lr"]), stepped(self)))
@@ -258,7 +260,7 @@ def test_rates(place, monkeypatch):
     rows = rows_of(place / "student", made_up_pairs(10, 3))
     settings = Settings(warmup=0.2, gold_lr=1e-3, layers_lr=2e-3, batch=2, gold_epochs=2, layers_epochs=2)
     for stage in ("gold", "layers"):
-        distill.fit(model, gold(model), rows, settings, stage, 0, lambda: 0.5)
+        distill.fit(model, gold(model), rows, settings, stage, 0, lambda: 0.5, tmp_path / stage)
     assert used[:10] == pytest.approx([0, 5e-4, *(1e-3 * left / 8 for left in range(8, 0, -1))])
     assert used[10:] == [2e-3] * 10
 

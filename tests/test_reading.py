@@ -18,8 +18,7 @@ from test_stream import rows_at
 
 from shards import block
 from shards.block import read_manifest, read_shard
-from shards.dynamic import DynamicMasks, splitmix64
-from shards.stream import Stream
+from shards.stream import DynamicMasks, Stream, splitmix64
 
 
 class Server(ThreadingHTTPServer):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.block import Block, Manifest, Shard
-from shards.stream import Stream, micro_rows, row_order
+from shards.stream import ROWS, Stream, chance, micro_rows
 
 PAD = 9
 
@@ -48,7 +48,7 @@ def rows_at(one: Stream, j: int) -> list[tuple[int, int, int]]:
     """A rank's rows of the global batch that begins with row j: (pass, shard, row in the shard)."""
     keys, entries = one.plan(j, 1)
     found = [(*divmod(key, len(one.sizes)), entry) for key, entry in zip(keys.tolist(), entries.tolist(), strict=True)]
-    return [(e, s, int(row_order(one.seed, e, s, one.sizes[s])[entry])) for e, s, entry in found]
+    return [(e, s, int(chance(one.seed, ROWS, e, s).permutation(one.sizes[s])[entry])) for e, s, entry in found]
 
 
 def rows_of(sizes, start: int, steps: int, *, batch: int, lanes: int, worlds: list[int]) -> list[tuple[int, int, int]]:

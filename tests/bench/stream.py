@@ -20,8 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shards import block  # noqa: E402
-from shards.dynamic import DynamicMasks  # noqa: E402
-from shards.stream import Stream  # noqa: E402
+from shards.stream import DynamicMasks, Stream  # noqa: E402
 
 WORDS, LENGTH, SHARD_ROWS = 30_522, 128, 4096
 
