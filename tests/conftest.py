@@ -112,11 +112,11 @@ def teacher_folder(tmp_path_factory, tokenizer_folder) -> Path:
 
 @pytest.fixture(scope="session")
 def one_rank(inputs, tmp_path_factory) -> Path:
-    """A straight run of 6 steps on one rank, one student, no dropout."""
+    """A straight run of 6 steps on one rank, one student, no dropout, two steps profiled."""
     from runs import SETTINGS, SMALL, launch
 
     out = tmp_path_factory.mktemp("one") / "run"
-    launch(*inputs, "--student", SMALL, "--out", out, *SETTINGS)
+    launch(*inputs, "--student", SMALL, "--out", out, *SETTINGS, "profile=2:4")
     return out
 
 
