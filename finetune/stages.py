@@ -23,8 +23,8 @@ from shards.tokenizer import auto_tokenizer, plain
 
 
 def sums(name: str | Path) -> str:
-    """What tells two models apart: a sha256 over all files of a folder but its record; a hub name stands for itself."""
-    files = sorted(path for path in [Path(name), *Path(name).glob("*")] if path.is_file() and path.name != "stage.json")
+    """What tells two models apart: a sha256 over all files of a folder but record and card; a hub name stands for itself."""
+    files = sorted(p for p in [Path(name), *Path(name).glob("*")] if p.is_file() and p.name not in ("stage.json", "README.md"))
     found = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if files else str(name)
 
