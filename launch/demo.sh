@@ -41,10 +41,14 @@ say "4/4 The task: a question about a documented function, and a sentence: does 
 OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/minilm" --student "$demo/general/students/tiny4-384" \
   --data "$demo/data/qnli" --out "$demo/qnli" rows=2000 length=64 teacher_lr=1e-4 \
   layers_epochs=1 layers_lr=1e-4 predictions_epochs=3 predictions_lr=1e-4
+# What leaves the stage: ONNX files, checked and measured, report.html, the student's card (about SECONDS seconds).
+OMP_NUM_THREADS=2 python launch/handover.py "$demo/qnli"
 
 say "Done"
 cat <<END
 The student:     $demo/qnli/student          (opens with transformers.AutoModelForSequenceClassification)
+The report:      $demo/qnli/report.html      (its ONNX files: $demo/qnli/student/onnx)
+An answer:       printf 'What does loads do?\tDeserialize a document.\n' | .venv/bin/python launch/predict.py $demo/qnli/student
 The curves:      .venv/bin/tensorboard --logdir $demo/general
 A row of data:   .venv/bin/python -m shards.look $demo/shards --row train-00000.tar:7
 Again, longer:   OMP_NUM_THREADS=1 .venv/bin/deepspeed --num_gpus 2 launch/general.sh --shards $demo/shards \\

@@ -34,7 +34,7 @@ NEEDED = ("markdown", "matplotlib", "onnx", "onnxruntime", "onnxscript")
 CPU = torch.device("cpu")
 CLOSE = 1e-4  # the largest difference between ONNX's logits and torch's
 BINS = 10  # of probability
-STYLE = "body { font: 15px sans-serif; max-width: 75em; margin: 2em auto } td, th { padding: 0.2em 0.8em; text-align: right }"
+STYLE = "body { font: 15px sans-serif; max-width: 75em; margin: 2em auto } td, th { padding: 0.2em 0.8em; white-space: nowrap }"
 
 
 def finished(out: Path) -> dict:
@@ -97,9 +97,9 @@ def make(out: Path, found: dict, source: str, columns: tuple, labels: tuple, par
     gap = (each_row(partial(logits, exact), rows["student"], CPU) - said_BC).abs().max().item()
     if not gap <= CLOSE:  # nan too
         raise ValueError(f"{out / 'student'}: its logits in ONNX differ from torch's by {gap:.3g}, more than {CLOSE}")
-    print(f"  model.onnx: its logits differ from torch's by at most {gap:.2g} on {len(dev):,} dev rows", flush=True)
+    print(f"  {path.name}: its logits differ from torch's by at most {gap:.2g} on {len(dev):,} dev rows", flush=True)
     quantize(path, small := path.with_name("model-int8.onnx"))
-    print(f"  {small.name}: {small.stat().st_size / 1e6:.1f} MB of {path.stat().st_size / 1e6:.1f}; how fast are both?", flush=True)
+    print(f"  {small.name}: {small.stat().st_size / 1e6:.1f} MB of {path.stat().st_size / 1e6:.1f}; now their speed", flush=True)
     lines, shares = report.figures({names[own[0]]: (models[own[0]], rows[own[0]]),  # beside it speed and answers are measured
                                     f"{names['student']}, ONNX": (exact, rows["student"]),
                                     f"{names['student']}, ONNX int8": (OnnxClassifier(small, count), rows["student"])},
@@ -133,17 +133,20 @@ def page(found: dict, made: dict, labels: tuple) -> str:
             speed.errorbar([*line["speed_ratio"].values()][0], share, [[max(0, share - low)], [max(0, high - share)]], fmt="o",
                            label=line["model"])
         first, batch = found["models"][0]["model"], [*report.SPEED_ROWS][0]
+        speed.margins(y=0.4)  # for the legend
         speed.set(title="Accuracy against speed", xlabel=f"rows a second, times those of {first}, batch {batch}",
                   ylabel="dev accuracy, 95 % interval")
         losses = curves.twinx()
         for name, record in found["stages"].items():
             epochs = record["figures"].get("epochs", [])
-            for axes, key, style in ((curves, "dev_accuracy", "o-"), (losses, "dev_loss", "s:")):
+            for axes, key, style in ((curves, "dev_accuracy", "o-"), (losses, "dev_loss", "ks:")):
                 if known := [line for line in epochs if key in line]:
                     axes.plot([line["epoch"] for line in known], [line[key] for line in known], style, label=f"{name}, {key}")
         curves.set(title="Learning curves", xlabel="epoch", ylabel="dev accuracy")
+        curves.xaxis.get_major_locator().set_params(integer=True)
         losses.set(ylabel="dev loss of the layers")
-        confusion.imshow(made["confusion"], cmap="Blues")
+        confusion.pcolormesh(range(len(labels)), range(len(labels)), made["confusion"], shading="nearest", cmap="Blues")
+        confusion.invert_yaxis()
         for (row, column), count in np.ndenumerate(np.array(made["confusion"])):
             confusion.text(column, row, f"{count:,}", ha="center", va="center", bbox={"color": "white", "alpha": 0.8})
         confusion.set(title="Confusion", xlabel="the student says", ylabel="gold")
@@ -153,7 +156,7 @@ def page(found: dict, made: dict, labels: tuple) -> str:
             sureness.plot([sure for sure, _, _ in bins], [right for _, right, _ in bins], "o-", label=name)
         sureness.plot([0, 1], [0, 1], ":", color="gray")
         sureness.set(title="Calibration", xlabel="probability of the label it gives", ylabel="share of rows where that is right")
-        for axes, place in ((speed, "best"), (curves, "upper left"), (losses, "lower right"), (sureness, "best")):
+        for axes, place in ((speed, "upper left"), (curves, "upper left"), (losses, "lower right"), (sureness, "upper left")):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc=place)
         figure.savefig(drawn := io.StringIO(), format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -196,8 +199,8 @@ says({json.dumps(pair)}, truncation=True, max_length={found['settings']['length'
 ```
 
 `onnx/model.onnx` gives the same logits (within {CLOSE} on all dev rows), `onnx/model-int8.onnx` is smaller; onnxruntime opens
-both. Where this was made, `python launch/predict.py FOLDER rows.tsv` answers for a whole file, FOLDER being this one or one of
-the two files.
+both. Where this was made, `python launch/predict.py MODEL rows.tsv --length {found['settings']['length']}` answers for whole
+files, MODEL being this folder or one of the two.
 """
 
 

@@ -14,6 +14,7 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -122,7 +123,7 @@ def texts(source: str, columns: tuple) -> Iterator[tuple]:
     quoted = path.suffix == ".csv"
     layout = {"strict": True} if quoted else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        with open(0 if source == "-" else path, "rb", closefd=source != "-") as file:
+        with nullcontext(sys.stdin.buffer) if source == "-" else open(path, "rb") as file:
             rows = of_table(path, columns) if path.suffix == ".parquet" else of_lines(
                 io.TextIOWrapper(file, "utf-8-sig", newline="" if quoted else None), columns, layout, bare=source == "-")
             for number, row in rows:
