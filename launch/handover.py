@@ -100,15 +100,14 @@ def make(out: Path, found: dict, source: str, columns: tuple, labels: tuple, par
     print(f"  {path.name}: its logits differ from torch's by at most {gap:.2g} on {len(dev):,} dev rows", flush=True)
     quantize(path, small := path.with_name("model-int8.onnx"))
     print(f"  {small.name}: {small.stat().st_size / 1e6:.1f} MB of {path.stat().st_size / 1e6:.1f}; now their speed", flush=True)
-    lines, shares = report.figures({names[own[0]]: (models[own[0]], rows[own[0]]),  # beside it speed and answers are measured
-                                    f"{names['student']}, ONNX": (exact, rows["student"]),
-                                    f"{names['student']}, ONNX int8": (OnnxClassifier(small, count), rows["student"])},
-                                   names.get("teacher"))
-    gold, shares = rows["student"].labels, {own[0]: shares[names[own[0]]], "student": said_BC.softmax(-1)}
+    compared = {f"{names['student']}, ONNX": exact, f"{names['student']}, ONNX int8": OnnxClassifier(small, count)}
+    lines, shares = report.figures({names[name]: (models[name], rows[name]) for name in own}
+                                   | {name: (model, rows["student"]) for name, model in compared.items()}, names.get("teacher"))
+    gold = rows["student"].labels
     confusion = torch.zeros(len(labels), len(labels), dtype=torch.long)
     confusion.index_put_((gold, said_BC.argmax(-1)), torch.ones_like(gold), accumulate=True)
-    return {"models": lines[1:], "gap": gap, "threads": torch.get_num_threads(), "confusion": confusion.tolist(),
-            "calibration": {name: calibration(share_BC, gold) for name, share_BC in shares.items()}}
+    return {"models": lines, "gap": gap, "threads": torch.get_num_threads(), "confusion": confusion.tolist(),
+            "calibration": {name: calibration(shares[names[name]], gold) for name in own}}
 
 
 def calibration(share_BC: torch.Tensor, gold_B: torch.Tensor) -> list:
@@ -216,6 +215,15 @@ def for_glue(out: Path, test: Path, columns: tuple, length: int) -> bytes:
     return data.tsv([("index", "prediction"), *lines])
 
 
+def merge(found: dict, made: dict, own: int) -> None:
+    """The new rows into the report's table; those of its `own` models too where a CPU was measured: all of one run."""
+    on_cpu, device = found["device"].startswith("CPU"), f"CPU, {made['threads']} thread(s), float32"
+    old, new = ({line["model"]: line for line in lines} for lines in (found["models"], made["models"]))
+    kept = {} if on_cpu else {line["model"]: line for line in found["models"][:own]}
+    found["models"] = [*(old | new | kept).values()]
+    found["device"] = device if on_cpu else f"{found['device'].partition('; ONNX')[0]}; ONNX's beside the teacher on {device}"
+
+
 def hand_over(given: argparse.Namespace) -> None:
     """Everything, in the order in which it is needed; report.json last."""
     if missing := [name for name in NEEDED if not find_spec(name)]:
@@ -226,10 +234,7 @@ def hand_over(given: argparse.Namespace) -> None:
     labels, records = tuple(names[n] for n in sorted(names)), found["stages"]
     inputs = {name: records[name]["files"] for name in ("teacher", "student") if name in records}
     made = stage(out / "student" / "onnx", inputs, partial(make, out, found, source, columns, labels))["figures"]
-    added = [line["model"] for line in made["models"]]
-    found["models"] = [line for line in found["models"] if line["model"] not in added] + made["models"]
-    found["device"] = (f"{found['device'].partition('; ONNX')[0]}; ONNX's on CPU, {made['threads']} thread(s), float32, beside "
-                       f"{found['models'][0]['model']} there")
+    merge(found, made, len(inputs))
     test = Path(source).expanduser() / "test.tsv"
     files = {"report.html": page(found, made, labels).encode(), "student/README.md": card(found, columns, labels).encode(),
              "report.md": report.text(found).encode()}
