@@ -34,7 +34,7 @@ NEEDED = ("markdown", "matplotlib", "onnx", "onnxruntime", "onnxscript")
 CPU = torch.device("cpu")
 CLOSE = 1e-4  # the largest difference between ONNX's logits and torch's
 BINS = 10  # of probability
-STYLE = "body { font: 15px sans-serif; max-width: 75em; margin: 2em auto } td, th { padding: 0.2em 0.8em; white-space: nowrap }"
+STYLE = "body { font: 15px sans-serif; max-width: 80em; margin: 2em auto } td, th { padding: 0.2em 0.5em; white-space: nowrap }"
 
 
 def finished(out: Path) -> dict:
@@ -132,7 +132,7 @@ def page(found: dict, made: dict, labels: tuple) -> str:
             speed.errorbar([*line["speed_ratio"].values()][0], share, [[max(0, share - low)], [max(0, high - share)]], fmt="o",
                            label=line["model"])
         first, batch = found["models"][0]["model"], [*report.SPEED_ROWS][0]
-        speed.margins(y=0.4)  # for the legend
+        speed.margins(y=0.7)  # for the legend
         speed.set(title="Accuracy against speed", xlabel=f"rows a second, times those of {first}, batch {batch}",
                   ylabel="dev accuracy, 95 % interval")
         losses = curves.twinx()
