@@ -188,7 +188,7 @@ class Run:
         answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
         found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
                  "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed, "settings": vars(self.settings),
-                 **made_of}
+                 "given": vars(self.given), **made_of}
         wrong = answers[answers.right != " and ".join(own)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
         write(self.out / "report.md", report.text(found).encode())

@@ -8,7 +8,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
   "${PYTHON:-python3}" -m venv .venv
   # torch by itself and first: deepspeed's set-up looks for it.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy wheel
-  DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+  DS_BUILD_OPS=0 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,export]'
   echo "$stamp" > .venv/installed
 fi
 export PATH="$root/.venv/bin:$PATH"
