@@ -111,7 +111,7 @@ class Window:
         torch.cuda.synchronize() if gpu else None
         seconds, spent = time.perf_counter() - self.begin, Counter(data_wait=self.waited)
         for (_, begin), (part, end) in pairwise(self.laps):
-            spent[f"time/{part}"] += begin.elapsed_time(end) / 1000 if gpu else end - begin
+            spent[f"time/{part}"] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
         shares = {part: taken / seconds for part, taken in spent.items() if part != "time/"} | {
             "matrix_rate": operations * self.tokens / seconds, "memory_GB": memory / 1e9}
         return dict(ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,

@@ -54,8 +54,8 @@ class Run:
             f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
         ranks.first(mark.rmdir)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
-        self.operations = None  # for a token of the first update, in seconds of this rank's matrix rate
         self._resume()
+        self.rate, self.operations = matrix_rate(self.teacher.dtype, ranks.device), None  # of a token, in seconds at that rate
         self._begin()
 
     def _open_inputs(self) -> None:
@@ -238,7 +238,7 @@ class Run:
                     self.row_losses[engine].append(losses.detach())
                     engine.update(losses.mean(), self.step, window.lap)
         if not self.operations:
-            self.operations = counter.get_total_flops() / window.tokens / matrix_rate(self.teacher.dtype, self.ranks.device)
+            self.operations = counter.get_total_flops() / window.tokens / self.rate
 
     def _figures(self, window: Window) -> dict[str, float]:
         return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks, self.operations),

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("shards", "pretrain", "finetune")
 PRODUCT = sorted(file for floor in FLOORS for file in (ROOT / floor).rglob("*.py"))
+TOOLS = sorted((ROOT / "launch").glob("*.py"))  # what a person starts beside the floors
 
 
 def imported(file: Path) -> set[str]:
@@ -51,12 +52,12 @@ def test_reading_the_options_loads_nothing_heavy():
 def test_the_reading_stays_short():
     lines = {file: len(file.read_text().splitlines()) for file in PRODUCT}
     assert sum(lines.values()) <= 4_000, f"{sum(lines.values())} lines of product: delete some before adding more"
-    assert {str(file): n for file, n in lines.items() if n > 300} == {}
+    assert {str(file): n for file in PRODUCT + TOOLS if (n := len(file.read_text().splitlines())) > 300} == {}
 
 
 def test_functions_stay_short():
     long = {}
-    for file in PRODUCT:
+    for file in PRODUCT + TOOLS:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno >= 60:
                 long[f"{file.name}:{node.name}"] = node.end_lineno - node.lineno + 1
