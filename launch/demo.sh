@@ -32,15 +32,15 @@ say "2/4 Shards from the prose that every Python ships: NSP pairs, three mask se
 [ -f "$demo/data/qnli/dev.tsv" ] || python launch/demo_data.py "$demo/data"
 python -m shards.build "$demo/data/docs.txt" --tokenizer "$demo/minilm" --out "$demo/shards" --workers 2 --held-out 0.03
 
-say "3/4 General distillation on 2 ranks under ZeRO-2: 4 of 6 layers must think like the teacher (about 4 minutes)"
+say "3/4 General distillation on 2 ranks under ZeRO-2: 4 of 6 layers must think like the teacher (3 to 5 minutes)"
 port=$(python -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')  # a free one
 deepspeed --log_level error --num_gpus 2 --master_port "$port" launch/general.sh --shards "$demo/shards" \
   --teacher "$demo/minilm" --student tiny4-384 --out "$demo/general" batch=64 steps=48 eval_every=16 save_every=16
 
-say "4/4 The task: a question about a documented function, and a sentence: does it answer? (about 4 minutes)"
+say "4/4 The task: a question about a documented function, and a sentence: does it answer? (4 to 8 minutes)"
 OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/minilm" --student "$demo/general/students/tiny4-384" \
   --data "$demo/data/qnli" --out "$demo/qnli" rows=2000 length=64 \
-  teacher_epochs=2 teacher_lr=1e-4 layers_epochs=1 layers_lr=1e-4 predictions_epochs=2 predictions_lr=1e-4
+  teacher_lr=1e-4 layers_epochs=1 layers_lr=1e-4 predictions_epochs=2 predictions_lr=1e-4
 # What leaves the stage: ONNX files, checked and measured, report.html, the student's card (140 s; one thread, so that
 # other programs disturb the comparison least).
 python launch/handover.py "$demo/qnli"
