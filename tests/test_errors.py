@@ -111,7 +111,7 @@ MISTAKES = {
     "a checkpoint of other settings": (go_on, ["lr=1e-3"], "step-50 belongs to a run with other settings: lr was 0.0001, is "
                                        "0.001. Give the same settings, another --out, or --fresh"),
     "a checkpoint of a later step": (go_on, ["steps=20"], "is 50 steps old already; write steps=50 or more, or --fresh"),
-    "a port in use": (listen_elsewhere, [*TRAIN, "--out", "run"], "the ranks cannot meet at .*; another run has the port, write"),
+    "a port in use": (listen_elsewhere, [*TRAIN, "--out", "run"], "ranks cannot meet at .*; if another run has the port, write"),
     "no space": (build_on_a_full_disk, ["text", "--tokenizer", "teacher", "--out", "new", "--workers", "1"],
                  "--out new: .*No space left on device; make room or mend it, then the same command goes on"),
     "no source": (shards.build.main, ["--tokenizer", "teacher", "--out", "new"], "required: SOURCE"),
