@@ -130,7 +130,7 @@ def test_plots_show_counts_of_the_dev_rows(done):
 
 def test_the_card_states_what_the_student_is_made_of(done):
     card = ModelCard.load(done / "student" / "README.md")
-    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-classification"
+    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-classification"}
     wanted = [f"Data: `{done.parent / 'rows'}`, 40 training rows, 24 dev rows",
               f"Teacher: `{done.parent}/teacher`", f"was before: `{done.parent}/student`",
               "predictions_lr=0.001", "seed=0", "entailment or not_entailment", report.text(read(done)).split("\n\n")[1]]
