@@ -18,7 +18,7 @@ from pretrain.encoder import ATTENTION, longest_row, model_config, opened
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
-from shards.block import written_whole
+from shards.block import chance, written_whole
 from shards.tokenizer import auto_tokenizer, fingerprint
 
 BATCH = 128  # rows of an evaluation's batch; changes no figure
@@ -138,7 +138,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             if settings.patience and curve and epoch - best(curve, key=itemgetter(figure))["epoch"] > settings.patience:
                 break
             for draw in (torch.manual_seed, order.manual_seed):
-                draw(epoch << 32 | seed)  # so that a run can go on behind any epoch
+                draw(int(chance(seed, epoch).integers(2**32)))  # of 32 bits, as torch's CPU generator reads no more
             model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
             for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):

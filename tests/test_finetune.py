@@ -252,6 +252,19 @@ def test_the_best_epoch_is_what_the_model_ends_with(place, tmp_path):
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+def test_every_epoch_has_an_order_and_dropout_of_its_own(place, tmp_path):
+    model, orders, noise = distill.open_classifier(place / "student", 0, CPU), [], []
+    rows, settings = rows_of(place / "student", made_up_pairs(20, 3)), Settings(gold_lr=0.0, gold_epochs=3, batch=20)
+
+    def loss(batch):
+        orders.append(tuple(batch.rows.tolist()))
+        noise.append(gold(model)(batch).mean().item())
+        return gold(model)(batch)
+
+    distill.fit(model, loss, rows, settings, "gold", 0, lambda: 0.5, tmp_path / "state.pt")
+    assert len({*orders}) == 3 and len({*noise}) == 3
+
+
 def test_rates(place, monkeypatch, tmp_path):
     """Linear up over the warm-up and down to 0 after the last update; constant for the layers."""
     used, stepped = [], torch.optim.AdamW.step
