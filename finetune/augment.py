@@ -25,7 +25,7 @@ def places(pair: Pair, special: list[str]) -> list[list[tuple[str, int, int, str
     found = [[(text, *match.span(), match[0]) for match in re.finditer(pattern, text)] for text in pair[:2]]
     names = {place[3].lower() for words in found for place in words[1:] if not place[3].islower()}
     return [[place for place in words if len(word := place[3]) > 2 and word.isalpha() and word.islower()
-             and word not in names | STOP] for words in found]
+             and word not in STOP and word not in names] for words in found]
 
 
 def whole_words(name: str) -> dict[int, str]:

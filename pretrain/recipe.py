@@ -61,7 +61,7 @@ class Recipe:
     def __post_init__(self):
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
-        if self.profile and (not re.fullmatch(r"[1-9]\d*:\d+", self.profile) or int.__ge__(*map(int, self.profile.split(":")))):
+        if self.profile and not ((found := re.fullmatch(r"([1-9]\d*):(\d+)", self.profile)) and int(found[1]) < int(found[2])):
             raise ValueError(f"profile={self.profile}: write the first step and the one after the last, such as profile=100:105")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
