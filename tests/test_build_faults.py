@@ -36,6 +36,15 @@ def files(out):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir()}
 
 
+def held(lock: Path) -> bool:
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, tokenizer_folder):
     """A start of the command with pieces of 3,000 characters, and the files of a straight build."""
@@ -191,8 +200,18 @@ def test_workers_that_outlive_their_parent_let_go(small, tmp_path):
     build = start(tmp_path)
     until(lambda: MOMENTS["first piece"](tmp_path / ".store"), "first piece")
     workers = [child for child in psutil.Process(build.pid).children() if "spawn_main" in " ".join(child.cmdline())]
-    for worker in workers:
-        worker.suspend()
+    pieces = tmp_path / ".store/pieces"
+
+    def caught():
+        """All are stopped, and at least one in the middle of a piece, whose lock it keeps."""
+        for worker in workers:
+            worker.suspend()
+        if any(held(lock) and not (pieces / lock.name).exists() for lock in sorted((tmp_path / ".store/locks").glob("*.npz"))):
+            return True
+        for worker in workers:
+            worker.resume()
+
+    until(caught, "a stop in the middle of a piece")
     build.kill()
     build.wait()
     again = start(tmp_path)
