@@ -16,6 +16,7 @@ from shards.block import chance
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
 BATCH = 64  # masked texts in one pass
+GLOVE_WORDS = 100_000  # read of a longer file, the most frequent first: TinyBERT's number
 STOP = ENGLISH_STOP_WORDS | {"did", "does", "doing", "having", "just", "shall"}
 
 
@@ -58,6 +59,18 @@ def likely(model: torch.nn.Module, asked: set[tuple], k: int) -> dict[tuple, lis
     return answers
 
 
+def read_glove(path: str) -> pandas.DataFrame:
+    """Words and their vectors from a text file, a word and its numbers on each line, as GloVe's are.  ValueError for another."""
+    try:  # the lines to skip hold more than the first: words with a space in them, of which glove.840B has some
+        table = pandas.read_csv(path, sep=" ", header=None, index_col=0, quoting=3, nrows=GLOVE_WORDS,
+                                dtype={0: str}, keep_default_na=False, on_bad_lines="skip").astype("float32")
+        if table.shape[1] < 2 or not table.notna().all(axis=None):
+            raise ValueError(f"{table.shape[1]} numbers in its first line, and not all of them in all others")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"glove {path}: {error}; each line must be a word and its numbers, as in glove.6B.300d.txt") from None
+    return table[~table.index.duplicated()]
+
+
 def near(known: pandas.DataFrame, choice: pandas.DataFrame, k: int) -> dict[str, list[str]]:
     """The k words of `choice` nearest to each known one by the cosine of their vectors, without the word itself."""
     nearest = NearestNeighbors(n_neighbors=min(k + 1, len(choice)), metric="cosine").fit(choice.to_numpy())
@@ -82,17 +95,23 @@ def new_rows(pairs: list[Pair], found: list, options: dict[tuple, list[str]], se
                     yield row, new
 
 
-def augmented(pairs: list[Pair], teacher: torch.nn.Module, settings, seed: int, mlm: str | None) -> tuple:
+def augmented(pairs: list[Pair], teacher: torch.nn.Module, settings, seed: int, mlm: str | None,
+              glove: str | None = None) -> tuple:
     """Numbers of origins, new rows with their origins' labels, where the words came from."""
     tokenizer, k = auto_tokenizer(teacher.name_or_path), settings.augment_k
     found = [places(pair, tokenizer.all_special_tokens) for pair in pairs]
     asked = {place for sides in found for words in sides for place in words}
     by_mlm = likely(open_mlm(mlm).to(teacher.device), asked, k) if mlm else {}
     rest = sorted({word for *_, word in asked - by_mlm.keys()})
-    table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
-    means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]  # of a word's pieces
-    choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
-    close = near(pandas.DataFrame(means, rest, choice.columns), choice, k)
+    if glove:
+        table = read_glove(glove)
+        known, choice = table[table.index.isin(rest)], table[[word.isalpha() and word.islower() for word in table.index]]
+    else:
+        table_VD, words = teacher.get_input_embeddings().weight.detach().float().cpu().numpy(), whole_words(teacher.name_or_path)
+        means = [table_VD[tokenizer(word, add_special_tokens=False).input_ids].mean(0) for word in rest]  # of a word's pieces
+        choice = pandas.DataFrame(table_VD[[*words]], [*words.values()])
+        known = pandas.DataFrame(means, rest, choice.columns)
+    close = near(known, choice, k)
     by_neighbours = {place: close[place[3]] for place in asked - by_mlm.keys() if close.get(place[3])}
     if not (rows := list(new_rows(pairs, found, by_mlm | by_neighbours, settings, seed))):
         raise ValueError(f"augment={settings.augment}: no word of these rows may be changed; write augment=0")

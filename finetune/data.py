@@ -18,7 +18,6 @@ LABELS = ("entailment", "not_entailment")  # GLUE's order; a model's output n st
 
 class Pair(NamedTuple):
     """A row of QNLI (label 0 is entailment: the sentence answers the question) or of another task: one text or two."""
-
     question: str
     sentence: str
     label: int

@@ -7,7 +7,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -107,11 +106,11 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
         hook = model.encoder.register_forward_hook(lambda *given: said.append(given[2].logits.float()))
         with hook, torch.set_grad_enabled(model is student and torch.is_grad_enabled()):
             traces.append(model(batch.input_ids, batch.token_type_ids, real) if kinds else logits(model.encoder, batch))
-    loss = weights.get("hard", 0.0) * F.cross_entropy(said[0], batch.labels, reduction="none")
+    loss = weights.get("hard", 0.0) * nn.functional.cross_entropy(said[0], batch.labels, reduction="none")
     if teacher:
-        s_BC, t_BC = (F.log_softmax(logits_BC / settings.temperature, -1) for logits_BC in said)
+        s_BC, t_BC = ((logits_BC / settings.temperature).log_softmax(-1) for logits_BC in said)
         soft = (-(t_BC.exp() * s_BC).mean(-1) if settings.prediction == "tinybert" else
-                F.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))  # KL(teacher || student), no T^2
+                nn.functional.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))  # KL(teacher || student), no T^2
         loss = loss + weights.get("soft", 0.0) * soft
     return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
 

@@ -25,7 +25,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Settings:
     """Task distillation's settings, TinyBERT's own for QNLI; `key=value` on the command line changes one."""
-
     method: Literal["tinybert", "joint", "gold"] = "tinybert"  # joint: layers, predictions and gold at once; gold: these alone
     rows: PositiveInt | None = None  # training rows used, drawn by the seed; None: all
     length: Annotated[int, Field(ge=8)] = 128  # most tokens of a row, [CLS] and both [SEP] counted; 8 leaves room for both texts
@@ -74,8 +73,10 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="runs/qnli", help="gets a folder a stage (student/ is the last), report.md, report.json")
     parser.add_argument("--stages", help=f"run some of {','.join(METHODS['tinybert'])} alone; what they read must be there")
     parser.add_argument("--mlm", help="masked LM with its head, for augment=N: a word becomes one that it finds likely")
+    parser.add_argument("--glove", metavar="FILE", help="words and vectors, for all other words; else the teacher's embeddings")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
+    parser.add_argument("--seeds", default=1, type=int, metavar="N", help="runs, with a seed more each, in OUT/seed-S")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
 
@@ -85,12 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     given = options(argv)
     try:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
-        from finetune.stages import Run
-        table, cut, _ = Run(given, settings).run().partition("\n\n## ")
+        from finetune.stages import Run, several
+        print(several(given, settings) if given.seeds > 1 else Run(given, settings).run())
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"\n{table}\n\nThe student is {Path(given.out) / 'student'}; transformers opens it by that name." if cut else "done")
     return 0
 
 

@@ -9,7 +9,6 @@ import pandas
 import torch
 from scipy.stats import binomtest
 from tabulate import tabulate
-from torch import Tensor, nn
 
 from finetune.data import Pair, Rows
 from finetune.distill import each_row, logits, lowered
@@ -20,7 +19,7 @@ QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
 @torch.inference_mode()
-def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataFrame:
+def speeds(models: dict[str, tuple[torch.nn.Module, Rows]], size: int) -> pandas.DataFrame:
     """Rows a second of each model from host to host (bfloat16 on a GPU), a line a round of turns: a busy machine slows all."""
     numbers = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))]
     turns = [(name, model, [rows.batch(numbers[n:n + size]) for n in numbers[::size]]) for name, (model, rows) in models.items()]
@@ -34,7 +33,7 @@ def speeds(models: dict[str, tuple[nn.Module, Rows]], size: int) -> pandas.DataF
     return pandas.DataFrame(rounds)[1:]  # the first one warms up
 
 
-def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, Tensor]]:
+def figures(models: dict[str, tuple[torch.nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """A line a model, its speed beside the first one's, its answers beside the teacher's; each one's shares (rows, labels)."""
     speed, lines, shares = {size: speeds(models, size) for size in SPEED_ROWS}, {}, {}
     for name, (model, rows) in models.items():
@@ -52,7 +51,7 @@ def figures(models: dict[str, tuple[nn.Module, Rows]], teacher: str | None) -> t
     return [*lines.values()], shares
 
 
-def answers(dev: list[Pair], shares: dict[str, Tensor], labels: tuple) -> pandas.DataFrame:
+def answers(dev: list[Pair], shares: dict[str, torch.Tensor], labels: tuple) -> pandas.DataFrame:
     """Each dev row with its gold label, each model's and how probable it finds that (rows, labels), and who is right."""
     table, names = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"}), np.array(labels)
     table["gold"] = names[table.gold]
@@ -83,6 +82,14 @@ def grid(rows: list[dict]) -> str:
     return tabulate(cells, "keys", "pipe", disable_numparse=True, colalign=["left"], colglobalalign="right")
 
 
+def spread(reports: list[dict]) -> str:
+    """A line a model: mean and standard deviation over runs of several seeds."""
+    lines = pandas.DataFrame([line for each in reports for line in each["models"]])
+    found = lines.groupby("model", sort=False)[lines.columns.intersection(["accuracy", "of_teacher", "agreement"])]
+    shown = found.mean().map("{:.1%}".format) + " ± " + found.std().map("{:.1%}".format)
+    return f"# QNLI, {len(reports)} seeds: mean ± standard deviation\n\n{grid(shown.reset_index().to_dict('records'))}\n"
+
+
 def text(report: dict) -> str:
     """report.md from what report.json holds; what stands before its second heading is for the terminal."""
     models = [{"model": f["model"], "parameters": f"{f['parameters'] / 1e6:.1f} M", "size": f"{f['bytes'] / 1e6:.1f} MB",
@@ -90,9 +97,9 @@ def text(report: dict) -> str:
                **({"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}),
                **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
               for f in report["models"]]
-    made = report["stages"].get("augment", {}).get("figures")
-    words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by the teacher's "
-             "embeddings; {other_label:.1%} labelled otherwise than their originals)").format_map(made) if made else ""
+    made, near = report["stages"].get("augment", {}).get("figures"), report["given"]["glove"] or "the teacher's embeddings"
+    words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by {near}; "
+             "{other_label:.1%} labelled otherwise than their originals)").format_map({"near": near} | made) if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)

@@ -45,18 +45,27 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
         shutil.rmtree(other)
     part.mkdir(parents=True, exist_ok=True)
-    try:
-        found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
-        (part / STATE).unlink(missing_ok=True)
-        write_json(part / "stage.json", found)
-        if folder.exists():  # nothing is deleted
-            free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-            print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
-        part.rename(folder)
-    except Exception:  # a killed run goes on from its STATE
-        shutil.rmtree(part)
-        raise
+    found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+    (part / STATE).unlink(missing_ok=True)
+    write_json(part / "stage.json", found)
+    if folder.exists():  # nothing is deleted
+        free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+        print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
+    part.rename(folder)
     return found
+
+
+def several(given, settings) -> str:
+    """Every stage for given.seeds seeds from given.seed on, each in OUT/seed-S; OUT/seeds.md gets what all of them reached."""
+    runs = [Run(type(given)(**vars(given) | {"seed": seed, "out": f"{given.out}/seed-{seed}"}), settings)
+            for seed in range(given.seed, given.seed + given.seeds)]
+    for run in runs:
+        print(run.run(), flush=True)
+    if "report" not in run.wanted:
+        return "done"
+    text = report.spread([json.loads((run.out / "report.json").read_text()) for run in runs])
+    write(Path(given.out) / "seeds.md", text.encode())
+    return text
 
 
 class Run:
@@ -75,10 +84,11 @@ class Run:
         for name in set(self.wanted) - {*self.plan}:
             raise ValueError(f"stages: {name!r} is none of this run{did_you_mean(name, self.plan)}; there are "
                              f"{', '.join(self.plan)} (augment with augment=20)")
-        if given.mlm and "augment" not in self.plan:
-            raise ValueError(f"mlm {given.mlm}: is for the augmentation; write augment=20, or leave it out")
-        if given.mlm:
-            augment.open_mlm(given.mlm)  # now, and once more when it is needed: an error is told before anything trains
+        for name, read in {"mlm": augment.open_mlm, "glove": augment.read_glove}.items():
+            if (words := getattr(given, name)) and "augment" not in self.plan:
+                raise ValueError(f"{name} {words}: is for the augmentation; write augment=20, or leave it out")
+            if words:
+                read(words)  # now, and once more when it is needed: an error is told before anything trains
         for name in given.compare:
             if distill.output_names(model_config(name), self.labels) is None:
                 raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
@@ -93,15 +103,15 @@ class Run:
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
     def run(self) -> str:
-        """Every stage that is wanted and not there yet; gives the text of the report, nothing where it is not wanted."""
+        """Every stage that is wanted and not there yet; gives what a person should see in the end."""
         for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
             text = self.report() if name == "report" else self.make(name)
-        return text or ""
+        return f"\n{text}\n\nThe student is {self.out / 'student'}; transformers opens it by that name." if text else "done"
 
     def make(self, name: str) -> None:
         """A stage's folder, made out of the rows, the seed, its settings, the folders before it and the models it is given."""
         given, folder = self.given, name if name in ("teacher", "augment", "layers") else "student"
-        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm}}
+        models = {"teacher": {"model": given.teacher}, "augment": {"mlm": given.mlm, "glove": given.glove}}
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
@@ -141,7 +151,7 @@ class Run:
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
         teacher, given, count = self.teacher().encoder, self.given, len(self.train)
-        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm)
+        origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm, given.glove)
         rows = data.Rows(auto_tokenizer(teacher.name_or_path), [*self.train, *new], self.settings.length)
         said = distill.each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
         labels = [*rows.labels[:count], *said[count:]]
@@ -178,7 +188,7 @@ class Run:
         found = json.loads(path.read_text()) if path.exists() else {}
         if {key: found.get(key) for key in made_of} == made_of:
             print(f"report: {path} is of these models and rows; skipped")
-            return report.text(found)
+            return report.text(found).partition("\n\n## ")[0]
         print("report: accuracy and speed", flush=True)
         device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
                   f"CPU, {torch.get_num_threads()} thread(s), float32")
@@ -191,6 +201,6 @@ class Run:
                  "given": vars(self.given), **made_of}
         wrong = answers[answers.right != " and ".join(own)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
-        write(self.out / "report.md", report.text(found).encode())
+        write(self.out / "report.md", (text := report.text(found)).encode())
         write_json(path, found)
-        return report.text(found)
+        return text.partition("\n\n## ")[0]

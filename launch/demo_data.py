@@ -49,7 +49,6 @@ TEMPLATES = ("What does {name} in {module} do?", "What is {module}.{name} for?",
 
 class Doc(NamedTuple):
     """One docstring as prose."""
-
     module: str  # dotted, as imported
     name: str  # qualified inside the module; the module's own docstring has ""
     kind: str  # module, class or function

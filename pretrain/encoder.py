@@ -9,7 +9,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,9 +31,9 @@ def _attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None
     scaling = width**-0.5 if scaling is None else scaling
     if query.is_cuda and width % 8:
         # Fused kernels want head widths divisible by 8 in 16 bit (tiny4 has 26); zeros change neither scores nor values.
-        query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+        query, key, value = (nn.functional.pad(x, (0, -width % 8)) for x in (query, key, value))
     with sdpa_kernel(FUSED) if query.is_cuda else nullcontext():
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     return out[..., :width].transpose(1, 2), traced
 
 

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 from pretrain.recipe import SHAPES, Recipe
@@ -15,7 +14,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; reading it imports no torch."""
     parser = argparse.ArgumentParser(prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Distil a small BERT from a big one: its states and attention scores.",
-                                     epilog="key=value settings: " + ", ".join(asdict(Recipe())) + " (see pretrain/recipe.py)")
+                                     epilog="key=value settings: " + ", ".join(vars(Recipe())) + " (see pretrain/recipe.py)")
     parser.add_argument("--shards", default="data/shards", help="what python -m shards.build wrote: a folder, "
                         "http(s)://HOST/FOLDER, or 'pipe:COMMAND {}' with {} for the name of a file")
     parser.add_argument("--teacher", default="bert-base-uncased", help="model folder or hub name")

@@ -8,10 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -67,10 +65,6 @@ class Monitor:
             large = torch.ones([max(1, 256 // len(picture_YX))] * 2)
             self.board.add_image(f"3 held-out rows/{name}", picture_YX.cpu().kron(large), step, dataformats="HW")
 
-    def close(self) -> None:
-        self.bar.close()
-        self.board.close()
-
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Floating-point operations a second of this rank in a product of large matrices, the best of three."""
@@ -120,12 +114,11 @@ class Window:
 
 def attention(student: Trace, teacher: Trace, real_BL: Tensor, layers: list) -> Tensor:
     """The first row's attention: a line for each student layer, in it for each head the teacher's, then the student's."""
-    def maps(x: Trace, layer: int) -> Tensor:
+    def maps(x: Trace, layer: int | Tensor) -> Tensor:
         q, k = (part[layer - 1][0, :HEADS, real_BL[0]].float() for part in (x.queries, x.keys))
         p_HLL = (q @ k.mT * q.shape[-1]**-0.5).softmax(-1).sqrt()  # the root shows small ones too
-        return F.pad(p_HLL / p_HLL.amax((1, 2), keepdim=True), (0, 1, 0, 1), value=1.0)
-
-    pairs = [(maps(teacher, np.max(layer)), maps(student, m)) for m, layer in enumerate(layers, start=1) if layer != ()]
+        return nn.functional.pad(p_HLL / p_HLL.amax((1, 2), keepdim=True), (0, 1, 0, 1), value=1.0)
+    pairs = [(maps(teacher, torch.tensor(n).max()), maps(student, m)) for m, n in enumerate(layers, start=1) if n != ()]
     return 1 - torch.cat([torch.cat([one for heads in zip(*pair) for one in heads], 1) for pair in pairs])
 
 

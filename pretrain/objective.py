@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.recipe import did_you_mean
@@ -28,7 +27,6 @@ TILE = 64  # queries whose relations are computed at once
 @dataclass(frozen=True)
 class Trace:
     """What one encoder computed.  hidden[0] is the embedding output, hidden[i] the output of layer i."""
-
     hidden: tuple[Tensor, ...]  # layers + 1 of (B, L, D)
     queries: tuple[Tensor, ...]  # layers of (B, H, L, d), projected, not scaled
     keys: tuple[Tensor, ...]  # layers of (B, H, L, d)
@@ -42,7 +40,7 @@ def hidden_mse(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
 
 def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
     """1 - cosine of a token's two states, a mean over a row's counted tokens (DistilBERT, arXiv 1910.01108) -> (B,) float32."""
-    return ((1 - F.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
+    return ((1 - torch.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
 
 
 def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
@@ -62,7 +60,7 @@ def _tile_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, co
     """KL(teacher || student) of softmax(A B^T / sqrt(d)) over a row's real keys, its sum over heads and some queries -> (B,)."""
     scores = (a.float() @ b.float().mT * a.shape[-1]**-0.5 for a, b in ((sa, sb), (ta, tb)))
     s_BHLL, t_BHLL = (x.masked_fill(~real_BL[:, None, None, :], -1e9).log_softmax(-1) for x in scores)  # finite: 0 * -1e9 is 0
-    return (F.kl_div(s_BHLL, t_BHLL, reduction="none", log_target=True).sum((1, 3)) * counted_BL).sum(-1)
+    return (nn.functional.kl_div(s_BHLL, t_BHLL, reduction="none", log_target=True).sum((1, 3)) * counted_BL).sum(-1)
 
 
 def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
@@ -135,7 +133,6 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
         layer = layers[int(m) - 1] if m else 0
         group = (layer,) if isinstance(layer, int) else layer
         return sum(pair(kind, int(m or 0), n) for n in group) / len(group)
-
     with torch.autocast(real_BL.device.type, enabled=False):
         return {name: term(name) for name in term_names(layers, kinds)}
 

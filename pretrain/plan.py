@@ -20,7 +20,6 @@ ENGINES = Path(__file__).resolve().parent.parent / "ds_configs"
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, resolved."""
-
     options: Namespace
     recipe: Recipe
     students: dict  # name -> Shape

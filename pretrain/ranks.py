@@ -17,7 +17,6 @@ from tqdm import tqdm
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among all of them."""
-
     rank: int
     world: int
     device: torch.device

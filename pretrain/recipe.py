@@ -23,7 +23,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Recipe:
     """The settings of general distillation; `key=value` on the command line changes one."""
-
     steps: PositiveInt | None = None  # optimizer steps; None: three passes over the training rows
     batch: PositiveInt = 256  # rows of an optimizer step, over all ranks
     lr: NonNegativeFloat = 1e-4  # at the end of the warm-up; linear to 0 at the last step
@@ -113,7 +112,6 @@ def override(recipe, settings: Iterable[str]):
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Shape:
     """A student's size.  Named ones are in SHAPES."""
-
     layers: PositiveInt
     hidden: PositiveInt
     intermediate: PositiveInt

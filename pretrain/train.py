@@ -10,14 +10,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.profiler import profile, schedule, tensorboard_trace_handler
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,7 +81,7 @@ class Run:
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
         plan, sums = self.plan, "".join(shard.sha256 for shard in self.plan.manifest.shards)
-        settings = {**asdict(self.recipe), "students": {name: asdict(shape) for name, shape in plan.students.items()},
+        settings = {**vars(self.recipe), "students": {name: vars(shape) for name, shape in plan.students.items()},
                     "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": checkpoint.identity(self.teacher)}
         self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
         found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
@@ -116,7 +114,8 @@ class Run:
         else:
             self._train()
         if self.monitor:
-            self.monitor.close()
+            self.monitor.bar.close()
+            self.monitor.board.close()
         if self.step < self.recipe.steps:
             self.ranks.say(f"stopped after step {self.step} of {self.recipe.steps}; last checkpoint: {self.saved}; the same "
                            f"command goes on (exit code {PREEMPTED})")
@@ -202,10 +201,10 @@ class Run:
                                   f"shards.look --row shows one); last good checkpoint: {self.saved}. Try a smaller lr= or clip=")
         return None
 
-    def _tensors(self, batch: Batch) -> list[Tensor]:
+    def _tensors(self, batch: Batch) -> list[torch.Tensor]:
         return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in (batch.ids, batch.segments, batch.real)]
 
-    def _losses(self, batch: Batch, window: Window, held_out: bool = False) -> Iterator[tuple[Engine, Tensor]]:
+    def _losses(self, batch: Batch, window: Window, held_out: bool = False) -> Iterator[tuple[Engine, torch.Tensor]]:
         """One teacher pass, every student in turn: each one's loss by row.  It and all terms are added to the window."""
         ids, segments, real = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe

@@ -10,13 +10,12 @@ import re
 import subprocess
 import tarfile
 import time
+import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 
@@ -32,7 +31,6 @@ COMMAND_SECONDS = 600  # the longest a command may take: it may say nothing whil
 @dataclass(frozen=True)
 class Block:
     """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are uint16 or uint32."""
-
     ids: np.ndarray  # T: token ids, unmasked, special tokens included
     lengths: np.ndarray  # R uint16: tokens of each row
     first: np.ndarray  # R uint16: tokens of segment 0 ([CLS] A [SEP]); equal to the length in one-segment rows
@@ -85,7 +83,6 @@ def written_whole(path: Path) -> Iterator[io.BufferedWriter]:
 @dataclass(frozen=True)
 class Shard:
     """One tar, as the manifest lists it."""
-
     name: str
     rows: int
     tokens: int
@@ -150,12 +147,12 @@ def fetch(folder: str | Path, name: str, size: int | None = None) -> bytes:
                 data = subprocess.run(where[5:], shell=True, check=True, stdin=subprocess.DEVNULL, capture_output=True,
                                       timeout=COMMAND_SECONDS).stdout
             else:
-                with urlopen(where, timeout=STALL) as answer:
+                with urllib.request.urlopen(where, timeout=STALL) as answer:
                     data = answer.read()  # IncompleteRead where the server promised more
             if size in (None, len(data)):
                 return data
             wrong = f"{len(data):,} bytes came, but the manifest says {size:,}"
-        except HTTPError as error:
+        except urllib.error.HTTPError as error:
             wrong = f"HTTP status {error.code} {error.reason}"
             if error.code < 500 and error.code != 429:  # not a matter of time
                 raise OSError(wrong) from error
@@ -211,7 +208,6 @@ def read_shard(folder: str | Path, shard: Shard) -> Block:
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a build states about its shards; `manifest.json`, written last."""
-
     format: int
     tokenizer: dict  # fingerprint, name, vocab_size, and the ids of pad, cls, sep, mask
     settings: dict  # every setting of the build, sources included

@@ -11,15 +11,13 @@ import shutil
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
@@ -170,7 +168,7 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error
     if len(set(named)) < len(named):  # a copy of a held-out document would be trained on
         raise ValueError(f"source {max(named, key=named.count)}: given more than once; name it once")
     vocabulary = open_tokenizer(tokenizer)
-    settings = SimpleNamespace(sources=[source.stated() for source in sources], tokenizer=vocabulary.fingerprint, **settings)
+    settings = argparse.Namespace(sources=[source.stated() for source in sources], tokenizer=vocabulary.fingerprint, **settings)
     built = _is_built(out, settings)
     print(*[f"{out}: already built with these settings; nothing to do"] if built else sources, sep="\n")
     while not _is_built(out, settings) or (out / ".store").exists():  # of a build killed after its manifest
@@ -212,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         said = str(error)
     except OSError as error:
         said = f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on"
-    except BrokenProcessPool:
+    except BrokenExecutor:
         said = "a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers"
     except KeyboardInterrupt:
         said = "stopped; the same command goes on"

@@ -44,7 +44,6 @@ def untokenized(text: str) -> str:
 @dataclass
 class Tally:
     """What reading met, in the process that reads."""
-
     skip: bool = False  # bad records are counted and named instead of ending the build
     counts: Counter = field(default_factory=Counter)  # headings, gutenberg_lines, cut_documents, bad_records
     bad: list[str] = field(default_factory=list)  # the first 20 bad records, "file: line N: what"
@@ -68,7 +67,6 @@ SAYS = {"wikitext": ("WikiText without headings, <unk> kept as the tokenizer's u
 @dataclass(frozen=True)
 class Form:
     """What a text was taken for."""
-
     kind: str  # of SAYS
     ends: str = "text"  # what a document ends at: text (its titles, blank lines or end), row, or run (of RUN rows)
     spaced: bool = True  # in token form
@@ -83,7 +81,6 @@ class Form:
 @dataclass(frozen=True)
 class Document:
     """Paragraphs or sentences as read, and the form that says what is still to do with them: for the workers of a build."""
-
     units: list[str]
     form: Form
 

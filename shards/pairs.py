@@ -150,16 +150,13 @@ def make_blocks(store: Store, first: int, last: int, vocabulary: Vocabulary, set
     capacity = settings.row_length - (2 if settings.one_segment else 3)
     table = cut_documents(store, first, last, capacity, settings.one_segment, for_rows)
     position = np.min_scalar_type(settings.row_length - 1)
-
-    def draw(_: int, places: np.ndarray) -> np.ndarray:
-        return for_masks.integers(2**32, size=len(places), dtype=np.uint32)
-
     for at in range(0, len(table), BLOCK_ROWS):
         rows = table[at:at + BLOCK_ROWS]
         spans, truncated = draw_rows(store, rows, capacity, for_rows)
         ids, lengths, first_segment = _gathered(store, spans, vocabulary)
         found = words(ids, lengths, vocabulary, settings.masking == "whole-word")
-        sets = [masked(found, ids, lengths, vocabulary, draw, settings.row_length) for _ in range(settings.mask_sets)]
+        sets = [masked(found, ids, lengths, vocabulary, lambda _, its: for_masks.integers(2**32, size=len(its), dtype=np.uint32),
+                       settings.row_length) for _ in range(settings.mask_sets)]
         per_row, positions, new = zip(*sets, strict=True)
         is_random, several = rows[:, 5], rows[:, 3] - rows[:, 1] > 1  # the chunk has two sentences or more
         yield Block(ids, lengths.astype(np.uint16), first_segment.astype(np.uint16), is_random.astype(np.uint8),

@@ -117,7 +117,6 @@ def _of_hub(source: str, kind: str, given: str | None, split: str | None, revisi
 @dataclass(frozen=True)
 class Source:
     """A source that was looked at; nothing is read whole yet."""
-
     name: str  # as given, without the weight
     weight: float
     column: str

@@ -34,7 +34,6 @@ DOCUMENT = np.dtype([("sentences", "u4"), ("tokens", "u4"), ("copies", "u1"), ("
 @dataclass(frozen=True)
 class Store:
     """All sentences of all documents, flat; D documents, S sentences."""
-
     ids: np.ndarray  # token ids
     sentences: np.ndarray  # S + 1 int64: sentence s is ids[sentences[s]:sentences[s + 1]]
     documents: np.ndarray  # D + 1 int64: document d is the sentences from documents[d] to documents[d + 1]

@@ -27,7 +27,6 @@ GAMMA = np.uint64(0x9E3779B97F4A7C15)  # of SplitMix64
 @dataclass(frozen=True)
 class Batch:
     """Rows of one micro batch, padded to the longest, rounded up to a multiple of 8, or to the row length."""
-
     ids: np.ndarray  # (R, L) int64, masked if the stream masks
     segments: np.ndarray  # (R, L) int64: 0 in [CLS] A [SEP], 1 in B [SEP], 0 on padding
     real: np.ndarray  # (R, L) bool: True on tokens
@@ -72,7 +71,6 @@ class DynamicMasks:
             def draw(purpose: int, where: np.ndarray) -> np.ndarray:
                 count = (3 * position[where] + purpose).astype(np.uint64)
                 return (splitmix64(keys[row[where]] + count * GAMMA) >> np.uint64(32)).astype(np.uint32)
-
             found = words(flat, lengths[part], self, self.whole_word)
             counts, where, new = masked(found, flat, lengths[part], self, draw, self.row_length)
             ids[start + np.repeat(np.arange(len(counts)), counts), where] = new

@@ -21,7 +21,6 @@ ROLES = ("pad", "cls", "sep", "mask")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Vocabulary:
     """A fast tokenizer as workers take it: text to rebuild it from, and one bool an id for each property."""
-
     name: str  # as it was given: a folder, a SentencePiece file or a hub name
     json: str = field(repr=False)  # for tokenizers.Tokenizer.from_str; truncation and padding are off, all but `unk` special
     size: int  # ids are below this

@@ -32,8 +32,8 @@ def teacher(place):
     return distill.open_classifier(place / "teacher", 0, CPU)
 
 
-def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None):
-    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, settings, seed, mlm and str(place / mlm))
+def made(place, teacher, pairs=None, settings=SETTINGS, seed=0, mlm=None, glove=None):
+    return augment.augmented(pairs or made_up_pairs(30, 5), teacher, settings, seed, mlm and str(place / mlm), glove)
 
 
 def places_of(texts):
@@ -143,6 +143,46 @@ def test_near_words_are_those_of_direct_cosines():
     assert augment.near(known[:0], table, 5) == {}
 
 
+def glove_file(path, words):
+    """A vector of three numbers for each word."""
+    vectors = torch.randn(len(words), 3, generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text("".join(f"{word} {a} {b} {c}\n" for word, (a, b, c) in zip(words, vectors, strict=True)))
+    return str(path)
+
+
+def test_a_file_of_vectors_is_read_as_glove_writes_it(tmp_path, monkeypatch):
+    path = tmp_path / "glove.txt"
+    path.write_text('null 1 2 3\n" 3 4 5\n. . . 1 2 3\nNaN -1e-3 0 7\nnull 9 9 9\ncafé 1 1 1\n')
+    table = augment.read_glove(str(path))
+    assert table.index.tolist() == ["null", '"', "NaN", "café"]  # ". . ." is a word of glove.840B
+    assert table.to_numpy().tolist() == torch.tensor([[1, 2, 3], [3, 4, 5], [-1e-3, 0, 7], [1, 1, 1]]).tolist()
+    monkeypatch.setattr(augment, "GLOVE_WORDS", 2)
+    assert augment.read_glove(str(path)).index.tolist() == ["null", '"']
+
+
+@pytest.mark.parametrize("lines, says", [
+    ("400000 50\nthe 1 2 3\n", "1 numbers in its first line"), ("the 1 2 3\nof 1 2\n", "could not convert string to float: ''"),
+    ("the 1 2\nof one 2\n", "could not convert string to float: 'one'"), ("", "No columns to parse"),
+    ("the 1 2\nof nan 2\n", "not all of them"), (None, "No such file")])
+def test_another_file_is_an_error_in_one_line(tmp_path, lines, says):
+    path = tmp_path / "glove.txt"
+    if lines is not None:
+        path.write_text(lines)
+    with pytest.raises(ValueError) as caught:
+        augment.read_glove(str(path))
+    assert says in str(caught.value) and str(caught.value).startswith(f"glove {path}: ")
+    assert str(caught.value).endswith("each line must be a word and its numbers, as in glove.6B.300d.txt")
+
+
+def test_the_neighbours_of_a_file_are_its_plain_words_and_words_it_lacks_stay(place, teacher, tmp_path):
+    pair = Pair("Ba bado fogu ?", "Be lamu .", 0)
+    path = glove_file(tmp_path / "glove.txt", ["bado", "zig", "Zag", "zog", "x1", "lamu"])
+    _, rows, figures = made(place, teacher, [pair], Settings(augment=20, augment_p=1.0), glove=path)
+    assert figures == {"words_by_mlm": 0, "words_by_neighbours": 2}
+    assert {row.question for row in rows} == {pair.question} | {f"Ba {word} fogu ?" for word in ("zig", "zog", "lamu")}
+    assert {row.sentence for row in rows} == {pair.sentence} | {f"Be {word} ." for word in ("zig", "zog", "bado")}
+
+
 def test_words_come_from_the_teacher_the_file_or_the_model(place, teacher):
     pairs, vocabulary_words = made_up_pairs(30, 5), {*augment.whole_words(str(place / "teacher")).values()}
 
@@ -189,7 +229,11 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     assert capsys.readouterr().out.count("skipped") == 2
     written = json.loads((out / "report.json").read_text())
     assert written["train_rows"] == len(rows)
-    assert f"{figures['rows']:,} of them new" in (out / "report.md").read_text()
+    said = (out / "report.md").read_text()
+    assert f"{figures['rows']:,} of them new" in said and "by the teacher's embeddings;" in said
+    glove = glove_file(tmp_path / "glove.txt", ["bado", "fogu", "lamu", *(f"z{letter}" for letter in "abcdefgh")])
+    assert run(place, tmp_path / "glove", "augment=2", "--glove", glove) == 0
+    assert f" by {glove};" in (tmp_path / "glove" / "report.md").read_text()
     shutil.copytree(out, tmp_path / "cut")
     with (tmp_path / "cut" / "augment" / "train.tsv").open("a") as file:
         file.write("half a li")
@@ -203,6 +247,8 @@ def test_the_file_holds_originals_with_gold_and_new_rows_with_the_teachers_label
     (["--stages", "layer"], "stages: 'layer' is none of this run; did you mean 'layers'?"),
     (["--stages", "augment"], "there are teacher, layers, predictions, report (augment with augment=20)"),
     (["--mlm", "{place}/mlm"], "mlm: is for the augmentation; write augment=20"),
+    (["--glove", "{place}/rows/dev.tsv"], "dev.tsv: is for the augmentation; write augment=20"),
+    (["--glove", "{place}/rows/dev.tsv", "augment=1"], "each line must be a word and its numbers"),
     (["augment=1", "augment_k=0"], "augment_k=0: must be greater than 0; write such as augment_k=15"),
     (["augment_p=1.5"], "augment_p=1.5: must be less than or equal to 1"),
 ])

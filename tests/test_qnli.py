@@ -112,14 +112,39 @@ def test_gold_uses_no_teacher(place):
     assert json.loads((place / "gold" / "report.json").read_text())["models"][0].keys().isdisjoint({"of_teacher", "agreement"})
 
 
-def test_nothing_half_made_is_left_by_an_error(tmp_path):
-    def make(part):
+def test_an_error_leaves_no_stage_and_the_next_start_a_whole_one(tmp_path):
+    def half(part):
         (part / "a").write_text("half")
         raise ValueError("no")
 
-    with pytest.raises(ValueError, match="no"):
-        stages.stage(tmp_path / "s", {}, make)
-    assert not list(tmp_path.iterdir())
+    def whole(part):
+        (part / "a").write_text("whole")
+        return {}
+
+    for other in ({"seed": 0}, {"seed": 1}):
+        with pytest.raises(ValueError, match="no"):
+            stages.stage(tmp_path / "s", other, half)
+        assert not (tmp_path / "s").exists()
+    stages.stage(tmp_path / "s", {"seed": 1}, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"] and (tmp_path / "s" / "a").read_text() == "whole"
+
+
+def test_several_seeds_are_the_runs_of_each_and_a_table_of_all(done, place, capsys):
+    assert run(place, place / "seeds", "--seeds", "2") == 0
+    said = capsys.readouterr().out
+    for name in ("teacher", "layers", "student"):
+        assert (place / "seeds" / "seed-0" / name / "model.safetensors").read_bytes() == (
+            done / name / "model.safetensors").read_bytes()
+    reports = [json.loads((place / "seeds" / f"seed-{n}" / "report.json").read_text()) for n in (0, 1)]
+    assert [each["seed"] for each in reports] == [0, 1]
+    a, b = (each["models"][1]["accuracy"] for each in reports)
+    text = (place / "seeds" / "seeds.md").read_text()
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")]
+    # of two numbers the sample's standard deviation is their distance over the root of 2
+    assert cells[1:3] == ["student student", f"{(a + b) / 2:.1%} ± {abs(a - b) / 2**0.5:.1%}"]
+    assert "2 seeds: mean ± standard deviation" in text and text in said
+    assert run(place, place / "seeds", "--seeds", "2", "--stages", "teacher") == 0
+    assert "student" not in (said := capsys.readouterr().out) and said.endswith("done\n")
 
 
 def test_a_task_of_single_sentences_and_three_labels_goes_the_whole_road(place, tmp_path):
@@ -188,7 +213,7 @@ def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, argument
     said = capsys.readouterr().err
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [said.splitlines()[-1]]
     assert says in said.splitlines()[-1] and "Traceback" not in said
-    assert not list(tmp_path.glob("out/*.part")) and not (out / "student").exists()
+    assert not (out / "student").exists()
 
 
 def test_it_runs_as_a_script_and_as_a_module_and_helps_without_torch(tmp_path):
