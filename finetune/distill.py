@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -134,7 +133,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
         print(f"  {stage}: goes on after epoch {len(curve)}", flush=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for epoch in range(len(curve) + 1, epochs + 1):
-            if settings.patience and curve and epoch - best(curve, key=itemgetter(figure))["epoch"] > settings.patience:
+            if settings.patience and curve and epoch - best(curve, key=lambda line: line[figure])["epoch"] > settings.patience:
                 break
             for draw in (torch.manual_seed, order.manual_seed):
                 draw(int(chance(seed, epoch).integers(2**32)))  # of 32 bits, as torch's CPU generator reads no more
@@ -154,7 +153,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             model.eval()
             curve.append({"epoch": epoch, "loss": mean_loss, figure: measure()})
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
-            if stage != "layers" and curve[-1] is best(curve, key=itemgetter(figure)):
+            if stage != "layers" and curve[-1] is best(curve, key=lambda line: line[figure]):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
             with written_whole(state) as file:
                 torch.save([*(one.state_dict() for one in (model, optimizer, rate)), curve, kept], file)

@@ -65,6 +65,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune/qnli.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Task distillation on QNLI: does a sentence answer a question?",
                                      epilog=f"key=value settings: {', '.join(vars(Settings()))} (see finetune/qnli.py)")
+    parser.error = lambda text: parser.exit(2, f"error: {text}; see python finetune/qnli.py --help\n")
     parser.add_argument("--teacher", default="bert-base-uncased", help="folder or hub name; fine-tuned unless it knows QNLI")
     parser.add_argument("--student", default="runs/general/students/tiny4", help="from general distillation, or any BERT")
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")
@@ -88,10 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         from finetune.stages import Run, several
         print(several(given, settings) if given.seeds > 1 else Run(given, settings).run())
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+    except (ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+    except KeyboardInterrupt:
+        said = "stopped; the same command goes on after the last whole epoch"
+    print("error:", said, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 No hooks and no copied BERT: an attention function registered with transformers returns the projected queries, keys and values in
 the place of the attention weights.  Letters: B rows, L positions, D features, H heads, d features of a head."""
 
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -97,7 +96,7 @@ def model_config(name: str):
 
 def longest_row(config) -> int:
     """The most tokens that a model has positions for."""
-    longest = getattr(config, "max_position_embeddings", sys.maxsize)
+    longest = getattr(config, "max_position_embeddings", 2**63)  # some have no bound
     return longest - config.pad_token_id - 1 if "roberta" in config.model_type else longest  # theirs begin after padding's
 
 

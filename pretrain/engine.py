@@ -7,11 +7,11 @@ import json
 import math
 import os
 import shutil
-import socket
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -113,7 +113,7 @@ def join(timeout: float = 600, verbose: bool = False) -> Ranks:
         raise ValueError(f"the ranks cannot meet at {given['MASTER_ADDR']}:{port} ({str(error).splitlines()[0]}); if "
                          f"another run has the port, write deepspeed --master_port {int(port) + 1} ...") from None
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo", timeout=wait))
-    hosts = {rank: name for rank, name in enumerate(ranks.gathered(local == "0" and socket.gethostname())) if name}
+    hosts = {rank: name for rank, name in enumerate(ranks.gathered(local == "0" and os.uname().nodename)) if name}
     if len(hosts) > 1 and ranks.rank in hosts:
         Thread(target=watch, args=(hosts, ranks.rank, timeout), daemon=True).start()
     return ranks
@@ -128,7 +128,7 @@ class Engine:
         self.name, self.recipe, self.ranks = name, recipe, ranks
         groups = [{"params": [p for p in student.parameters() if (p.ndim > 1) == yes],  # no bias and no LayerNorm
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
-        adam, on_cpu = torch.optim.AdamW, ranks.device.type == "cpu"
+        adam, on_cpu = partial(torch.optim.AdamW, fused=True), ranks.device.type == "cpu"
         if offloads(config) and not on_cpu:  # on a CPU torch's own is there: DeepSpeed would have to compile its
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
         optimizer = adam(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)

@@ -1,7 +1,6 @@
 """What a person sees of a run: run.json, metrics.jsonl, TensorBoard with pictures in which dark is much, the progress bar."""
 
 import json
-import sys
 import time
 from collections import Counter
 from itertools import pairwise
@@ -42,8 +41,8 @@ class Monitor:
         self.board.add_text("settings", f"```\n{json.dumps(about, indent=2)}\n```")
         for summary in hparams({key: str(value) for key, value in about["settings"].items()}, {_tag("loss"): 0}):
             self.board.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would make a run of its own
-        self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, file=sys.stderr,
-                        mininterval=1.0, delay=0.1)  # the start-up lines stand before it
+        self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, mininterval=1.0,
+                        delay=0.1)  # the start-up lines stand before it
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """One line of figures after `step` updates, if there are any; the same as TensorBoard scalars; the bar moves."""

@@ -49,10 +49,11 @@ def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, c
     sq, sk, tq, tk = sq.float() * queries, sk.float() * keys, tq.float() * queries, tk.float() * keys
     s_width, t_width = sq.shape[-1], tq.shape[-1]
     if s_width == t_width:  # the form on differences: exact zero for equal models, six digits near them
-        q, k, scale = torch.cat([sq - tq, tq], -1), torch.cat([sk, sk - tk], -1), 1 / s_width
+        (q1, q2), (k1, k2), scale = (sq - tq, tq), (sk, sk - tk), 1 / s_width
     else:  # a difference of large sums: float32 error about 1e-7 (|S_s|^2 + |S_t|^2)
-        q, k, scale = torch.cat([sq * s_width**-0.5, tq * -(t_width**-0.5)], -1), torch.cat([sk, tk], -1), 1.0
-    total_BH = scale * ((q.mT @ q) * (k.mT @ k)).sum((-1, -2))
+        (q1, q2), (k1, k2), scale = (sq * s_width**-0.5, tq * -(t_width**-0.5)), (sk, tk), 1.0
+    pairs = ((1, q1, q1, k1, k1), (2, q1, q2, k1, k2), (1, q2, q2, k2, k2))  # the Gram matrices' blocks; off the diagonal twice
+    total_BH = scale * sum(n * ((a.mT @ b) * (c.mT @ d)).sum((-1, -2)) for n, a, b, c, d in pairs)
     return total_BH.mean(-1) / counted_BL.sum(-1).float() ** 2
 
 

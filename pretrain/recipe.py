@@ -2,7 +2,6 @@
 its Adam does not correct the bias.  How the machine runs it stands in ds_configs/."""
 
 import difflib
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -71,7 +70,7 @@ class Recipe:
     def resolved(self, rows: int) -> "Recipe":
         """With steps and lanes as numbers, for shards of `rows` training rows."""
         lanes = self.lanes or max(n for n in range(1, min(64, self.batch) + 1) if self.batch % n == 0)
-        return replace(self, steps=self.steps or math.ceil(3 * rows / self.batch), lanes=lanes)
+        return replace(self, steps=self.steps or -(-3 * rows // self.batch), lanes=lanes)
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (from 0): linear up over the warm-up, linear down to 0 after the last."""

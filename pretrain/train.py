@@ -3,7 +3,6 @@
 import hashlib
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -49,7 +48,7 @@ class Run:
         ranks.together(self._open_inputs)
         mark = ranks.first(self._open_out)
         ranks.agree(None if mark.exists() else ValueError(
-            f"--out {self.out} is another folder on host {socket.gethostname()} than for rank 0; write one that all hosts share"))
+            f"--out {self.out} is another folder on host {os.uname().nodename} than for rank 0; write one that all hosts share"))
         ranks.first(mark.rmdir)
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()

@@ -223,3 +223,23 @@ def test_it_runs_as_a_script_and_as_a_module_and_helps_without_torch(tmp_path):
         assert said.returncode == 0 and "train.tsv" in said.stdout
         assert "| torch\n" not in said.stderr
     assert override(Settings(), ["rows=100"]).rows == 100
+
+
+def test_an_unknown_option_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        qnli.main(["--teachr", "x"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --teachr; see python finetune/qnli.py --help\n")
+
+
+@pytest.mark.parametrize("raised, says", [
+    (KeyboardInterrupt(), "stopped; the same command goes on after the last whole epoch"),
+    (OSError(28, "No space left on device", "x/training.pt"), "[Errno 28] No space left on device: 'x/training.pt'")])
+def test_what_ends_a_run_from_outside_is_one_line(place, tmp_path, capsys, monkeypatch, raised, says):
+    def ended(*_):
+        raise raised
+
+    monkeypatch.setattr(stages.Run, "make", ended)
+    assert run(place, tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"error: {says}\n"

@@ -158,7 +158,7 @@ def serve(which: str, name: str, length: int, tokens: int, engine_file: str | No
                 wanted = trace(teacher, ids, segments, mask)
             for engine in engines:
                 losses = weighted(distil(engine(ids, segments, mask), wanted, real, layers, recipe.weights), recipe.weights)
-                engine.update(losses.mean(), 1)
+                engine.update(losses.mean(), 1, lambda part: None)
     else:
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
