@@ -115,9 +115,10 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
-        measure: Callable[[], float], state: Path, layered: bool = False) -> list[dict]:
+        measure: Callable[[], float], state: Path, layered: bool = False, rank: int = 0, world: int = 1) -> list[dict]:
     """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch.
-    The file `state` is written after each epoch; where it is there, training goes on behind its epoch, bit for bit."""
+    The file `state` is written after each epoch; where it is there, training goes on behind its epoch, bit for bit.  Every rank
+    takes its share of each batch, and all make the same update."""
     device, epochs = next(model.parameters()).device, getattr(settings, f"{stage}_epochs")
     figure, best = ("dev_loss", min) if stage == "layers" else ("dev_accuracy", max)
     order, each = torch.Generator(), math.ceil(len(rows.labels) / settings.batch)
@@ -135,19 +136,28 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
         for epoch in range(len(curve) + 1, epochs + 1):
             if settings.patience and curve and epoch - best(curve, key=lambda line: line[figure])["epoch"] > settings.patience:
                 break
-            for draw in (torch.manual_seed, order.manual_seed):
-                draw(int(chance(seed, epoch).integers(2**32)))  # of 32 bits, as torch's CPU generator reads no more
+            for draw, key in ((torch.manual_seed, rank), (order.manual_seed, 0)):
+                draw(int(chance(seed, epoch, key).integers(2**32)))  # of 32 bits, as torch's CPU generator reads no more
             model.train(not layered)  # hidden states are matched value by value: dropout would be noise in both
             total = torch.zeros((), device=device)
-            for batch in tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=None):
+            bar = tqdm(rows.batches(settings.batch, order), f"  {stage} {epoch}", each, leave=False, disable=rank > 0 or None)
+            for batch in bar:
+                count = len(batch.rows)  # of all ranks; one that is left without a row takes a row that counts for nothing
+                share = slice(rank, None, world) if rank < count else slice(1)
                 with lowered(device):
-                    value = loss(batch.to(device)).mean()
+                    losses = loss(BatchEncoding({name: value[share] for name, value in batch.items()}).to(device))
+                value = losses.sum() * (rank < count) / count
                 value.backward()
+                for parameter in model.parameters() if world > 1 else ():
+                    if parameter.grad is not None:
+                        torch.distributed.all_reduce(parameter.grad)
                 nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
                 optimizer.step()
                 rate.step()
                 optimizer.zero_grad()
-                total += value.detach() * len(batch.rows)
+                total += value.detach() * count
+            if world > 1:
+                torch.distributed.all_reduce(total)
             if not math.isfinite(mean_loss := total.item() / len(rows.labels)):
                 raise ValueError(f"{stage}: the loss became {mean_loss}; write a smaller {stage}_lr= or clip=")
             model.eval()

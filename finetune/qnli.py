@@ -1,6 +1,7 @@
 """The QNLI stage: its command line and every number that changes what a run learns; torch comes after both are checked."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,6 +79,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL", help="other classifiers for the table; goes last")
     parser.add_argument("--seed", default=0, type=int, help="of order, dropout and new weights")
     parser.add_argument("--seeds", default=1, type=int, metavar="N", help="runs, with a seed more each, in OUT/seed-S")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher gives it
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes a setting, such as teacher_lr=1e-4")
     return parser.parse_intermixed_args(argv)
 
@@ -94,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         said = " ".join(str(error).split())
     except KeyboardInterrupt:
         said = "stopped; the same command goes on after the last whole epoch"
-    print("error:", said, file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # all ranks meet the same
+        print("error:", said, file=sys.stderr)
     return 2
 
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,13 +17,16 @@ from finetune import augment, data, distill, report
 from finetune.qnli import METHODS
 from pretrain.checkpoint import differences
 from pretrain.encoder import check_trace, longest_row, model_config
+from pretrain.engine import join
 from pretrain.objective import TERMS, layer_map
+from pretrain.ranks import Ranks
 from pretrain.recipe import did_you_mean
 from pretrain.student import Student
 from shards.block import write, write_json
 from shards.tokenizer import auto_tokenizer, plain
 
 STATE = "training.pt"  # in a part folder, while its model is trained
+DAY = 86_400  # seconds that ranks wait for the first one, which measures alone
 OURS = ("stage.json", STATE, "README.md")  # beside a model
 
 
@@ -31,8 +37,19 @@ def sums(name: str | Path) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] if files else str(name)
 
 
+@cache
+def met() -> Ranks:
+    """This process among those that a launcher started, one for each GPU of the node; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+    if (ranks := join(timeout=DAY)).rank:
+        sys.stdout = open(os.devnull, "w")
+    return ranks
+
+
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
-    """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError."""
+    """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError.
+    All ranks work on it, the others in folders that go: the first one's counts."""
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
     if found and found["files"] == sums(folder) and not (why := differences(found["inputs"], inputs)):
@@ -42,17 +59,27 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
     part = folder.with_name(f"{folder.name}.{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}.part")
-    for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
-        shutil.rmtree(other)
-    part.mkdir(parents=True, exist_ok=True)
+    if met().rank:
+        part, first = Path(tempfile.mkdtemp()), part
+        if first.exists():  # go on behind the same epoch
+            shutil.copytree(first, part, dirs_exist_ok=True)
+    else:
+        for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
+            shutil.rmtree(other)
+        part.mkdir(parents=True, exist_ok=True)
+    met().agree(None)  # all have looked before the first one writes
     found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
     (part / STATE).unlink(missing_ok=True)
     write_json(part / "stage.json", found)
-    if folder.exists():  # nothing is deleted
-        free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-        print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
-    part.rename(folder)
-    return found
+    if met().rank:
+        shutil.rmtree(part)
+    else:
+        if folder.exists():  # nothing is deleted
+            free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+            print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
+        part.rename(folder)
+    met().agree(None)
+    return json.loads(record.read_text())
 
 
 def several(given, settings) -> str:
@@ -99,13 +126,13 @@ class Run:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
         self.train = [train[n] for n in order[:settings.rows]]
         self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()[:16]
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = met().device
         print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
 
     def run(self) -> str:
         """Every stage that is wanted and not there yet; gives what a person should see in the end."""
         for name in self.plan[:1 + max(map(self.plan.index, self.wanted))]:
-            text = self.report() if name == "report" else self.make(name)
+            text = met().first(self.report) if name == "report" else self.make(name)
         return f"\n{text}\n\nThe student is {self.out / 'student'}; transformers opens it by that name." if text else "done"
 
     def make(self, name: str) -> None:
@@ -175,7 +202,8 @@ class Run:
         student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
         loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
         measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
-        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, measure, part / STATE, layered)
+        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, partial(met().first, measure),
+                                             part / STATE, layered, met().rank, met().world)
         model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
         plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
         if stage == "layers" and (projection := student.projection.state_dict()):

@@ -20,12 +20,13 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    talk: dist.ProcessGroup  # gloo, for what is on the CPU
+    talk: dist.ProcessGroup | None  # gloo, for what is on the CPU; None for a rank that is alone
 
     def agree(self, error: Exception | None, flag: bool = False) -> bool:
         """Whether the flag is up on any rank; where one has an error all raise it as a ValueError: none is left waiting."""
         raised = torch.tensor([error is not None, flag], dtype=torch.int32)
-        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
+        if self.talk:
+            dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
         if raised[0]:
             texts = self.gathered(str(error) if error else None)
             rank = next(rank for rank, text in enumerate(texts) if text)
@@ -34,8 +35,9 @@ class Ranks:
 
     def gathered(self, mine) -> list:
         """Every rank's object, on every rank."""
-        objects = [None] * self.world
-        dist.all_gather_object(objects, mine, group=self.talk)
+        objects = [mine] * self.world
+        if self.talk:
+            dist.all_gather_object(objects, mine, group=self.talk)
         return objects
 
     def total(self, mine: dict[str, float]) -> Counter:
@@ -63,7 +65,8 @@ class Ranks:
     def first(self, work: Callable[[], object]):
         """Rank 0 works while the others wait; what it returns or raises reaches all."""
         done = [self.together(work) if self.rank == 0 else self.agree(None)]
-        dist.broadcast_object_list(done, src=0, group=self.talk)
+        if self.talk:
+            dist.broadcast_object_list(done, src=0, group=self.talk)
         return done[0]
 
 
