@@ -15,7 +15,7 @@ from transformers import AutoModel
 from pretrain.encoder import ATTENTION, POOLED, model_config, trace
 from pretrain.engine import device_type, offloads, precision
 from pretrain.objective import distil, weighted
-from pretrain.plan import ENGINES, Plan, resolve
+from pretrain.plan import ENGINES, Plan
 from pretrain.student import build_student
 from pretrain.train import DTYPES, PROJECTED_TOKENS
 from shards.stream import Stream, micro_rows
@@ -68,7 +68,7 @@ def budget(given: Namespace) -> str:
     if given.gpus:  # of other machines
         given.engine = given.engine or str(ENGINES / "gpu-bf16.json")
         given.teacher_dtype = "bf16" if given.teacher_dtype == "auto" else given.teacher_dtype
-    plan, ranks = resolve(given), given.gpus or 1
+    plan, ranks = Plan(given), given.gpus or 1
     recipe, engine, length = plan.recipe, plan.engine, plan.manifest.row_length
     share = Stream(plan.manifest, None, seed=0, batch=recipe.batch, lanes=recipe.lanes, mask="none", world=ranks).mine.size
     micro, kind = micro_rows(share, engine["train_micro_batch_size_per_gpu"]), precision(engine)

@@ -7,8 +7,6 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from torch import nn
-
 from pretrain.engine import Engine
 from pretrain.ranks import Ranks
 from pretrain.recipe import NOT_LEARNED
@@ -58,12 +56,6 @@ def _publish(part: Path, tag: Path, optimizers: int, facts: dict) -> None:
     for step in older[KEEP:]:  # newer ones are damaged
         if not keep_every or step % keep_every:
             shutil.rmtree(tag.with_name(f"step-{step}"))
-
-
-def identity(teacher: nn.Module) -> str:
-    """Tells teachers apart by some of their float32 weights, wherever they lie."""
-    some = (parameter.detach().flatten()[:1024].cpu().numpy().tobytes() for parameter in teacher.parameters())
-    return hashlib.sha256(b"".join(some)).hexdigest()
 
 
 def sync(*paths: Path) -> None:

@@ -1,13 +1,57 @@
-"""The command line of general distillation, started by launch/general.sh."""
+"""The command line of general distillation, started by launch/general.sh, and what asks a run to stop."""
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from pretrain.recipe import SHAPES, Recipe
-from pretrain.signals import StopRequest
+
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT or SIGUSR1 to any one rank, or DeepSpeed's launcher gone.  Before `armed` there is nothing to save: then a
+    signal ends the process at once.  A second SIGINT always does."""
+
+    def __init__(self):
+        self.armed, self.reason = False, None
+        self.launchers = _launchers()
+        for number in SIGNALS:
+            signal.signal(number, self._take)
+
+    def done(self) -> None:
+        """The exit code stands: no later signal may change it, while Python ends, to that of a killed process."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _take(self, number: int, _frame) -> None:
+        name = signal.Signals(number).name
+        if not self.armed:
+            os._exit(PREEMPTED)
+        if name == self.reason == "SIGINT":  # SIGTERM comes twice by itself: to the process group, and passed on by launchers
+            os._exit(128 + signal.SIGINT)
+        self.reason = name
+
+    def asked(self) -> bool:
+        """Whether this rank was asked to stop; it looks after the launcher, which orphans its ranks where it is killed."""
+        if self.reason is None and _launchers() != self.launchers:
+            self.reason = "the launcher is gone"
+        return self.reason is not None
+
+
+def _launchers() -> tuple[int, int] | None:
+    """Process ids of DeepSpeed's launch.py, this rank's parent, and of `deepspeed`, its parent; None where there is none."""
+    try:
+        parent = Path("/proc", str(os.getppid()))
+        if b"deepspeed.launcher.launch" in (parent / "cmdline").read_bytes():
+            return os.getppid(), int((parent / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it went in this moment, or this is no Linux
+        return None
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,12 +106,12 @@ def run(given: argparse.Namespace, stop: StopRequest) -> int:
     """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
     import torch.distributed as dist  # here: --help answers without torch
     from pretrain.engine import join
-    from pretrain.plan import resolve
+    from pretrain.plan import Plan
     from pretrain.train import Run
     ranks = join(given.timeout, given.verbose)
     stop.armed = True
     try:
-        plan = ranks.together(partial(resolve, given))  # one rank alone may find fault: its host may lack the shards
+        plan = ranks.together(partial(Plan, given))  # one rank alone may find fault: its host may lack the shards
         return Run(plan, ranks, stop).finish()
     finally:
         dist.destroy_process_group()  # without it a rank can abort while the others still talk to it

@@ -107,8 +107,8 @@ class Window:
             spent[f"time/{part}"] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
         shares = {part: taken / seconds for part, taken in spent.items() if part != "time/"} | {
             "matrix_rate": operations * self.tokens / seconds, "memory_GB": memory / 1e9}
-        return dict(ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
-                                 **{name: value / ranks.world for name, value in shares.items()}}))
+        return ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
+                            **{name: value / ranks.world for name, value in shares.items()}})
 
 
 def attention(student: Trace, teacher: Trace, real_BL: Tensor, layers: list) -> Tensor:

@@ -33,16 +33,6 @@ class Trace:
     values: tuple[Tensor, ...]  # layers of (B, H, L, d)
 
 
-def hidden_mse(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
-    """Mean squared difference over a row's counted tokens and features (eq. 8 and 9) -> (B,) float32."""
-    return ((s_BLD.float() - t_BLD.float()).square().mean(-1) * counted_BL).sum(-1) / counted_BL.sum(-1)
-
-
-def hidden_cosine(s_BLD: Tensor, t_BLD: Tensor, counted_BL: Tensor) -> Tensor:
-    """1 - cosine of a token's two states, a mean over a row's counted tokens (DistilBERT, arXiv 1910.01108) -> (B,) float32."""
-    return ((1 - torch.cosine_similarity(s_BLD.float(), t_BLD.float(), -1)) * counted_BL).sum(-1) / counted_BL.sum(-1)
-
-
 def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
     """Mean squared difference of scores QK^T/sqrt(d) over heads and a row's pairs (eq. 7); (B, H, L, any d) -> (B,) float32."""
     queries, keys = (mask_BL[:, None, :, None].float() for mask_BL in (counted_BL, real_BL))
@@ -101,15 +91,15 @@ def one_layer_each(layers: list, teacher_layers: int) -> list[int]:
     return [layer if isinstance(layer, int) else (other, *layer)[-1] for layer, other in zip(layers, uniform, strict=True)]
 
 
-def term_names(layers: list, kinds: Iterable[str]) -> list[str]:
-    """The terms that `distil` gives, in its order: `embedding`, `hidden/1`, ..., `attention/1`, ..."""
+def named_terms(layers: list, kinds: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """The terms that `distil` gives, in its order, each with its kind and student layer: `embedding`, `hidden/1`, ..."""
     each = [m for m, layer in enumerate(layers, start=1) if layer != ()]
-    return [name for kind in kinds for name in (["embedding"] if kind == "embedding" else [f"{kind}/{m}" for m in each])]
+    return {f"{kind}/{m}" if m else kind: (kind, m) for kind in kinds for m in ([0] if kind == "embedding" else each)}
 
 
 def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds: Iterable[str] = TERMS, *,
            relation_heads: int | None = None, padded: bool = False) -> dict[str, Tensor]:
-    """Every term of the loss for each row -> (B,) float32, by the names of `term_names`.
+    """Every term of the loss for each row -> (B,) float32, by the names of `named_terms`.
 
     `real_BL` is True on tokens.  With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv
     2012.15828).  `padded`: means over all positions of the rows as they are padded, as TinyBERT's code takes them."""
@@ -121,21 +111,19 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
 
     def pair(kind: str, m: int, n: int) -> Tensor:
         if kind not in OF_HEADS:
-            return (hidden_cosine if kind == "cosine" else hidden_mse)(student.hidden[m], teacher.hidden[n], counted_BL)
+            s_BLD, t_BLD = student.hidden[m].float(), teacher.hidden[n].float()
+            apart_BL = 1 - torch.cosine_similarity(s_BLD, t_BLD, -1) if kind == "cosine" else (s_BLD - t_BLD).square().mean(-1)
+            return (apart_BL * counted_BL).sum(-1) / counted_BL.sum(-1)  # eq. 8 and 9; cosine: DistilBERT's (arXiv 1910.01108)
         names = RELATIONS.get(kind, RELATIONS["qk"])
         parts = [heads(x, layer, part) for x, layer in ((student, m), (teacher, n)) for part in names]
-        if parts[0].shape[1] != parts[2].shape[1]:
-            raise ValueError(f"the student has {parts[0].shape[1]} heads, the teacher {parts[2].shape[1]}: they cannot be "
-                             "compared head by head; write relation_heads=R with R a divisor of both widths")
         return (score_mse if kind == "attention" else relation_kl)(*parts, real_BL, counted_BL)
 
-    def term(name: str) -> Tensor:
-        kind, _, m = name.partition("/")
-        layer = layers[int(m) - 1] if m else 0
+    def term(kind: str, m: int) -> Tensor:
+        layer = [0, *layers][m]
         group = (layer,) if isinstance(layer, int) else layer
-        return sum(pair(kind, int(m or 0), n) for n in group) / len(group)
+        return sum(pair(kind, m, n) for n in group) / len(group)
     with torch.autocast(real_BL.device.type, enabled=False):
-        return {name: term(name) for name in term_names(layers, kinds)}
+        return {name: term(*of) for name, of in named_terms(layers, kinds).items()}
 
 
 def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
@@ -151,5 +139,4 @@ def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, 
     if not factors or len(factors) != count:
         raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
                          f"embeddings' first, such as {','.join(['1'] * count)}")
-    split = (name.partition("/") for name in term_names(layers, kinds))
-    return {kind + slash + m: kinds[kind] * factors[int(m or 0)] for kind, slash, m in split}
+    return {name: kinds[kind] * factors[m] for name, (kind, m) in named_terms(layers, kinds).items()}

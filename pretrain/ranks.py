@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,12 +39,10 @@ class Ranks:
             dist.all_gather_object(objects, mine, group=self.talk)
         return objects
 
-    def total(self, mine: dict[str, float]) -> Counter:
-        """Sums over all ranks, by name."""
-        total = Counter()
-        for part in self.gathered(mine):
-            total.update(part)
-        return total
+    def total(self, mine: dict[str, float]) -> dict[str, float]:
+        """Sums over all ranks, by this rank's names; another may lack one."""
+        parts = self.gathered(mine)
+        return {name: sum(part.get(name, 0.0) for part in parts) for name in mine}
 
     def say(self, text: str) -> None:
         """A decision and its reason, once for all ranks, without breaking the progress bar."""

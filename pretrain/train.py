@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain import checkpoint
 from pretrain.encoder import check_trace, load_teacher, trace, windowed
 from pretrain.engine import Engine, machine, to_universal
+from pretrain.general import PREEMPTED, StopRequest
 from pretrain.monitor import Monitor, Window, attention, matrix_rate, similarity
 from pretrain.objective import distil, weighted
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
-from pretrain.signals import PREEMPTED, StopRequest
 from pretrain.student import build_student, export, recover
 from shards.block import read_shard
 from shards.stream import Batch, DynamicMasks, Stream, micro_rows
@@ -40,8 +40,8 @@ class Run:
 
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest):
         self.plan, self.ranks, self.recipe, self.stop = plan, ranks, plan.recipe, stop
-        self.out = Path(plan.options.out)
-        if self.recipe.deterministic:
+        self.out, recipe, rows = Path(plan.options.out), plan.recipe, plan.manifest.rows
+        if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # DeepSpeed's buckets, which are GBs, at each step
@@ -53,7 +53,14 @@ class Run:
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()
         self.rate, self.operations = matrix_rate(self.teacher.dtype, ranks.device), None  # of a token, in seconds at that rate
-        self._begin()
+        ranks.say(f"device {ranks.device.type}, {ranks.world} ranks, engine {plan.engine_file}, teacher in {plan.teacher_dtype}; "
+                  f"batch {recipe.batch} = {self.micro} rows x {len(self.stream.mine) // self.micro} micro batches x "
+                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
+                  f"{recipe.steps * recipe.batch / rows:.2f} passes over {rows:,} rows; tensorboard --logdir {self.out}")
+        about = {**self.about, "options": vars(plan.options), "init": plan.inits, "layers": plan.layers, "engine": plan.engine,
+                 "command": sys.argv, "teacher_dtype": plan.teacher_dtype,
+                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
+        self.monitor = Monitor(self.out, first=self.step, steps=recipe.steps, about=about) if ranks.rank == 0 else None
 
     def _open_inputs(self) -> None:
         """The teacher is in float32, from which copied layers come, until the students are made."""
@@ -78,10 +85,12 @@ class Run:
         return Path(tempfile.mkdtemp(prefix=".mark-", dir=self.out))
 
     def _resume(self) -> None:
-        """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine."""
+        """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine.  Shards
+        are known by their sums, teachers by some of their float32 weights, wherever they lie."""
         plan, sums = self.plan, "".join(shard.sha256 for shard in self.plan.manifest.shards)
+        some = b"".join(p.detach().flatten()[:1024].cpu().numpy().tobytes() for p in self.teacher.parameters())
         settings = {**vars(self.recipe), "students": {name: vars(shape) for name, shape in plan.students.items()},
-                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": checkpoint.identity(self.teacher)}
+                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": hashlib.sha256(some).hexdigest()}
         self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
         found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
         self.saved, self.step, notes, universal = found or (None, 0, [f"begins in {self.out}"], False)
@@ -124,18 +133,6 @@ class Run:
             self.ranks.first(partial(export, folder, engine.module, engine.weights(), self.plan.tokenizer))
             self.ranks.say(f"student {engine.name} is in {folder}")
         return 0
-
-    def _begin(self) -> None:
-        """Say what the run will be, on the screen and in run.json."""
-        recipe, plan, ranks, rows = self.recipe, self.plan, self.ranks, self.plan.manifest.rows
-        ranks.say(f"device {ranks.device.type}, {ranks.world} ranks, engine {plan.engine_file}, teacher in {plan.teacher_dtype}; "
-                  f"batch {recipe.batch} = {self.micro} rows x {len(self.stream.mine) // self.micro} micro batches x "
-                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
-                  f"{recipe.steps * recipe.batch / rows:.2f} passes over {rows:,} rows; tensorboard --logdir {self.out}")
-        about = {**self.about, "options": vars(plan.options), "init": plan.inits, "layers": plan.layers, "engine": plan.engine,
-                 "command": sys.argv, "teacher_dtype": plan.teacher_dtype,
-                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
-        self.monitor = Monitor(self.out, first=self.step, steps=recipe.steps, about=about) if ranks.rank == 0 else None
 
     def _train(self) -> None:
         """Read ahead by one thread, step, and log, look at held-out rows and save when due, until done or stopped."""

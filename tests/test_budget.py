@@ -14,7 +14,7 @@ from runs import ROOT, SMALL, launch
 
 from launch.budget import budget, one_micro_batch
 from pretrain.general import options
-from pretrain.plan import resolve
+from pretrain.plan import Plan
 
 MEASURED = """
 import sys
@@ -67,7 +67,7 @@ def test_memory_is_what_a_run_needs(student, micro, batch, wide, tmp_path):
 def test_arithmetic_is_the_hand_sum(wide):
     """Every matrix product of a teacher's forward pass, a student's forward and backward, and the loss."""
     rows, length, layers = 4, 48, [2, 3, 5, 6]
-    plan = resolve(options([*wide, "--student", "tiny4"]))
+    plan = Plan(options([*wide, "--student", "tiny4"]))
     _, _, flop = one_micro_batch(plan, rows)
     tokens = rows * length
 
@@ -107,7 +107,7 @@ def test_ranks_share_the_optimizer_and_activations_follow_rows(wide):
     one, four = parts("--gpus", "1", "batch=32"), parts("--gpus", "4", "batch=128")
     assert one[:2] == four[:2] and one[4:] == four[4:]
     assert one[2:4] == [pytest.approx(4 * size, abs=2e-3) for size in four[2:4]]  # three digits are said
-    plan = resolve(options([*wide, "--student", "tiny4"]))
+    plan = Plan(options([*wide, "--student", "tiny4"]))
     few, more, most = (one_micro_batch(plan, rows)[1] for rows in (32, 64, 128))
     assert most - more == pytest.approx(2 * (more - few), rel=0.01)  # but for gradients, at the peak or not
 

@@ -19,7 +19,7 @@ import shards.build
 import shards.look
 from pretrain.checkpoint import newest_good
 from pretrain.general import options
-from pretrain.plan import resolve
+from pretrain.plan import Plan
 
 
 def train(*argv: str) -> str:
@@ -30,7 +30,7 @@ def train(*argv: str) -> str:
             from launch.budget import budget
 
             budget(given)
-        resolve(given)
+        Plan(given)
     return str(error.value)
 
 

@@ -15,7 +15,7 @@ from runs import NAMES, ROOT, SAME, SETTINGS, SMALL, assert_same_run, launch, le
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.general import options
-from pretrain.plan import resolve
+from pretrain.plan import Plan
 from pretrain.recipe import Recipe, override, parse_student
 from shards.build import build
 
@@ -176,7 +176,7 @@ BAD = [
 def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match=says) as error:
-        resolve(options([*inputs, *given]))
+        Plan(options([*inputs, *given]))
     assert "\n" not in str(error.value)
 
 
@@ -199,7 +199,7 @@ def test_a_bad_option_says_what_to_write(given, says, inputs, monkeypatch):
 ])
 def test_an_engine_file_is_checked_key_by_key(content, says, inputs, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
-        resolve(options([*inputs, "--student", SMALL, "--engine", engine_file(tmp_path, **content)]))
+        Plan(options([*inputs, "--student", SMALL, "--engine", engine_file(tmp_path, **content)]))
     assert "\n" not in str(error.value)
 
 
@@ -237,7 +237,7 @@ def test_a_bad_shard_is_found_before_training(damage, says, inputs, shards_folde
     if damage == "missing":
         shard.unlink()
     with pytest.raises(ValueError, match=says):
-        resolve(options(["--shards", str(copy), *inputs[2:]]))
+        Plan(options(["--shards", str(copy), *inputs[2:]]))
 
 
 @pytest.mark.faults
@@ -262,7 +262,7 @@ def test_another_tokenizer_is_refused(inputs, teacher_folder, tmp_path):
     (other / "tokenizer_config.json").write_text((other / "tokenizer_config.json").read_text().replace(
         '"do_lower_case": true', '"do_lower_case": false'))
     with pytest.raises(ValueError, match="the shards were built with the tokenizer of .*teacher .* has another"):
-        resolve(options([*inputs, "--teacher", str(other)]))
+        Plan(options([*inputs, "--teacher", str(other)]))
 
 
 def test_an_exported_tokenizer_neither_cuts_nor_pads(tmp_path):
@@ -285,7 +285,7 @@ def test_the_rate_rises_and_falls_by_the_step_number():
 
 def test_first_weights_are_the_teachers_as_far_as_they_fit(inputs):
     whole, wider = SAME.replace("layers=2", "layers=4"), SAME.replace("intermediate=48", "intermediate=96")
-    plan = resolve(options([*inputs, *(f"--student={shape}" for shape in (SMALL, SAME, whole, wider))]))
+    plan = Plan(options([*inputs, *(f"--student={shape}" for shape in (SMALL, SAME, whole, wider))]))
     assert list(plan.inits.values()) == ["projected", "projected", "teacher", "random"]
     assert list(plan.layers.values()) == [[2, 4], [2, 4], [1, 2, 3, 4], [2, 4]]
 

@@ -18,7 +18,7 @@ from launch.budget import one_micro_batch
 from pretrain.general import options
 from pretrain.monitor import Window, attention, similarity
 from pretrain.objective import Trace
-from pretrain.plan import resolve
+from pretrain.plan import Plan
 
 LAYERS = [2, 4]
 
@@ -111,7 +111,7 @@ def test_operations_are_those_of_the_first_update(inputs, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
-    line, (_, _, most) = metrics(tmp_path / "run")[1], one_micro_batch(resolve(options(given)), 16)
+    line, (_, _, most) = metrics(tmp_path / "run")[1], one_micro_batch(Plan(options(given)), 16)
     counted, tokens = line["matrix_rate"] / line["tokens/s"], line["tokens/s"] * 16 / line["rows/s"]
     teacher, student = 2 * 4 * (4 * 24**2 + 2 * 24 * 48), 2 * 2 * (4 * 12**2 + 2 * 12 * 24)  # a token's, forward; layers
     projection = 2 * 3 * 12 * 24

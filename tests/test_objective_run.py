@@ -39,9 +39,9 @@ def test_every_setting_on_one_rank_and_two_and_over_a_resume(inputs, tmp_path):
 def test_settings_that_do_not_go_together_are_said(settings, says, shards_folder, teacher_folder):
     from argparse import Namespace
 
-    from pretrain.plan import resolve
+    from pretrain.plan import Plan
 
     given = Namespace(settings=settings, student=[SMALL], shards=shards_folder, engine=None,
                       teacher=str(teacher_folder), teacher_dtype="fp32", gpus=None)
     with pytest.raises(ValueError, match=says):
-        resolve(given)
+        Plan(given)
