@@ -57,8 +57,9 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
     stored = load_file(path) if path.is_file() else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = Student(model, teacher_width).to(model.device).eval()
-    if stored and isinstance(student.projection, nn.Linear) and stored["weight"].shape == student.projection.weight.shape:
+        student = Student(model, teacher_width, "0.weight" in stored).to(model.device).eval()
+    theirs, ours = ({name: x.shape for name, x in given.items()} for given in (stored, student.projection.state_dict()))
+    if stored and theirs == ours:
         student.projection.load_state_dict(stored)
         print("  projection to the teacher's width: from general distillation")
     return student

@@ -26,17 +26,21 @@ RIDGE = 1e-2  # of the mean variance of what a target is regressed on
 
 
 class Student(nn.Module):
-    """A small BERT, and one shared projection of all hidden states to the teacher's width where the widths differ."""
+    """A small BERT, and a projection to the teacher's width where that is another: one of all hidden states, or one of `each`."""
 
-    def __init__(self, encoder: BertModel, teacher_width: int):
+    def __init__(self, encoder: BertModel, teacher_width: int, each: bool = False):
         super().__init__()
         width = encoder.config.hidden_size
-        self.encoder, self.projection = encoder, nn.Linear(width, teacher_width) if width != teacher_width else nn.Identity()
+        self.encoder, self.projection = encoder, nn.Identity()
+        if width != teacher_width:
+            linears = [nn.Linear(width, teacher_width) for _ in range(encoder.config.num_hidden_layers + 1 if each else 1)]
+            self.projection = nn.ModuleList(linears) if each else linears[0]
 
     def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
         """The trace with hidden states of the teacher's width."""
         traced = trace(self.encoder, ids, segments, real)
-        return replace(traced, hidden=tuple(self.projection(h) for h in traced.hidden))
+        linears = self.projection if isinstance(self.projection, nn.ModuleList) else [self.projection] * len(traced.hidden)
+        return replace(traced, hidden=tuple(linear(h) for linear, h in zip(linears, traced.hidden, strict=True)))
 
 
 def first_weights(name: str, shape: Shape, teacher, wanted: str) -> str:
@@ -68,7 +72,7 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw)
         encoder = BertModel(config, add_pooling_layer=False)
-        student = Student(encoder, t.hidden_size)
+        student = Student(encoder, t.hidden_size, recipe.projection == "each")
         student.projection.apply(student.encoder._init_weights)
         copied = one_layer_each(layers, t.num_hidden_layers)
         if init == "projected":
@@ -160,9 +164,10 @@ def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tens
         inside = act(_fit(own.intermediate.dense, x, neurons[:, kept]))
         x = x + _fit(own.output.dense, inside, (its.output.dense(act(neurons)) + between) @ p_Dd - x)
         x = _fit_norm(own.output.LayerNorm, x, traced.hidden[n][real] @ p_Dd)
-    if isinstance(student.projection, nn.Linear):
-        student.projection.weight.copy_(p_Dd)
-        student.projection.bias.zero_()
+    for linear in student.projection.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight.copy_(p_Dd)
+            linear.bias.zero_()
 
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
@@ -175,7 +180,7 @@ def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer
     student.encoder.float().save_pretrained(part, state_dict=encoder)  # config.json tells the type of the module's own weights
     tokenizer.save_pretrained(part)
     if projection:
-        save_file(projection, part / "projection.safetensors")  # weight (teacher's width, student's) and bias
+        save_file(projection, part / "projection.safetensors")  # weight (teacher's, student's width), bias; each: 0.weight, ...
     sync(part, *part.rglob("*"))
     old = folder.with_name(f"{folder.name}.old")
     if folder.exists():

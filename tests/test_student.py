@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_encoder import batch, bert
+from transformers import AutoModel, AutoTokenizer
 
+from finetune.distill import with_projection
 from pretrain.encoder import trace
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.recipe import Recipe, Shape
-from pretrain.student import build_student, first_weights
+from pretrain.student import build_student, export, first_weights
 
 
 def test_a_student_is_drawn_from_seed_and_name():
@@ -46,6 +49,22 @@ def test_hidden_states_are_projected_to_the_teachers_width():
     assert (narrow.projection.bias == 0).all() and abs(narrow.projection.weight.std().item() - 0.02) < 0.004
     assert not [*wide.projection.parameters()]
     assert torch.equal(wide(*rows).hidden[2], trace(wide.encoder, *rows).hidden[2])
+
+
+def test_each_hidden_state_may_have_a_projection_of_its_own(tmp_path, tokenizer_folder):
+    """All begin alike where the student is fitted; a task student takes them over from the exported folder."""
+    teacher, shape, new = bert().eval(), Shape(layers=2, hidden=16, intermediate=24, heads=4), batch(8, 31)
+    each = build_student("s", shape, teacher, [1, 3], "projected", Recipe(projection="each"), rows=calibration()).eval()
+    first = each.projection[0].weight.clone()
+    assert len(each.projection) == 3 and all(torch.equal(linear.weight, first) for linear in each.projection)
+    for n, linear in enumerate(each.projection):
+        torch.nn.init.normal_(linear.weight)
+        assert torch.equal(each(*new).hidden[n], linear(trace(each.encoder, *new).hidden[n]))
+    export(tmp_path / "s", each, dict(each.named_parameters()), AutoTokenizer.from_pretrained(tokenizer_folder))
+    found = load_file(tmp_path / "s/projection.safetensors")
+    assert set(found) == {f"{n}.{part}" for n in range(3) for part in ("weight", "bias")}
+    student = with_projection(AutoModel.from_pretrained(tmp_path / "s"), tmp_path / "s", 32, 0)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(student.projection, each.projection, strict=True))
 
 
 def test_groups_copy_their_last_layer():
