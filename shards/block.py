@@ -30,7 +30,7 @@ COMMAND_SECONDS = 600  # the longest a command may take: it may say nothing whil
 
 @dataclass(frozen=True)
 class Block:
-    """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are as wide as the largest."""
+    """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are uint8, uint16 or uint32."""
     ids: np.ndarray  # T: token ids, unmasked, special tokens included
     lengths: np.ndarray  # R uint16: tokens of each row
     first: np.ndarray  # R uint16: tokens of segment 0 ([CLS] A [SEP]); equal to the length in one-segment rows

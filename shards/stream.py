@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,7 @@ class Stream:
         self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
         self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
         self.sizes = np.array([shard.rows for shard in manifest.shards])
+        self.order = lru_cache(lambda epoch: chance(seed, ORDER, epoch).permutation(len(self.sizes)))  # of the shards in a pass
         self.shards = manifest.shards + manifest.held_out
         self.first_row = np.cumsum([0, *(shard.rows for shard in self.shards)])
         quarter = lanes * manifest.rows // len(self.sizes) // 4 // batch  # batches in which a lane reads a quarter of a shard
@@ -100,8 +102,8 @@ class Stream:
         at = lane * (total // lanes) + np.minimum(lane, total % lanes) + offsets
         keys = epochs * len(self.sizes)
         for epoch in np.unique(epochs).tolist():
-            order, here = chance(self.seed, ORDER, epoch).permutation(len(self.sizes)), epochs == epoch
-            begins = np.cumsum(self.sizes[order]) - self.sizes[order]  # of the shards of this pass, end to end
+            order, here = self.order(epoch), epochs == epoch
+            begins = np.cumsum(self.sizes[order]) - self.sizes[order]
             slots = np.searchsorted(begins, at[here], side="right") - 1
             keys[here] += order[slots]
             at[here] -= begins[slots]
