@@ -30,7 +30,7 @@ COMMAND_SECONDS = 600  # the longest a command may take: it may say nothing whil
 
 @dataclass(frozen=True)
 class Block:
-    """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are uint16 or uint32."""
+    """Up to BLOCK_ROWS rows as flat arrays, each a member `00000.ids.npy`, ... of the tar.  Ids are uint8, uint16 or uint32."""
     ids: np.ndarray  # T: token ids, unmasked, special tokens included
     lengths: np.ndarray  # R uint16: tokens of each row
     first: np.ndarray  # R uint16: tokens of segment 0 ([CLS] A [SEP]); equal to the length in one-segment rows
@@ -38,10 +38,6 @@ class Block:
     mask_counts: np.ndarray  # M x R uint16: masked positions of each row in each set
     mask_positions: np.ndarray  # P uint8 or uint16, ascending inside a row; set by set, row by row
     mask_ids: np.ndarray  # P, as ids: what stands at that position in the masked row
-
-    @property
-    def rows(self) -> int:
-        return len(self.lengths)
 
     @staticmethod
     def joined(blocks: list["Block"]) -> "Block":
@@ -54,11 +50,6 @@ class Block:
 
 
 MEMBERS = tuple(field.name for field in fields(Block))
-
-
-def id_type(vocab_size: int) -> type:
-    """The narrowest integer that holds every id below `vocab_size`."""
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def chance(*key: int) -> np.random.Generator:
@@ -117,7 +108,7 @@ def write_shard(path: Path, blocks: Iterable[Block]) -> Shard:
                 member = tarfile.TarInfo(f"{number:05d}.{name}.npy")  # mtime 0, owner 0
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-            rows += block.rows
+            rows += len(block.lengths)
             tokens += len(block.ids)
     return Shard(path.name, rows, tokens, len(whole.getbuffer()), write(path, whole.getbuffer()))
 
@@ -198,8 +189,8 @@ def read_shard(folder: str | Path, shard: Shard) -> Block:
             arrays.append(np.frombuffer(payload, header[1].decode(), offset=header.end()).reshape(shape))
             at += 512 + -(-size // 512) * 512
         whole = Block.joined([Block(*arrays[n:n + len(MEMBERS)]) for n in range(0, len(arrays), len(MEMBERS))])
-        if whole.rows != shard.rows:
-            raise ValueError(f"holds {whole.rows:,} rows, but the manifest says {shard.rows:,}")
+        if (rows := len(whole.lengths)) != shard.rows:
+            raise ValueError(f"holds {rows:,} rows, but the manifest says {shard.rows:,}")
         return whole
     except (TypeError, ValueError) as error:
         raise ValueError(f"shard {address(folder, shard.name)}: not readable as blocks of rows ({error})") from error

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -45,83 +45,76 @@ def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: boo
             return make(file, *how) or True
 
 
-def _until(store: Path, result: Path, attempt: Callable[[], tuple[list[Path], Callable]]) -> None:
-    """Return when `result` is there.  An attempt makes what it can of the files, and says what makes the result of all."""
+def _until(store: Path, result: Path, pool, ahead: int, attempt: Callable[[], tuple]) -> None:
+    """Return when `result` is there.  An attempt is a bar and its step, what makes a file, tasks of it, what makes the result."""
     while not result.exists():
-        files, finish = attempt()
+        (bar, step, make, tasks, finish), files, waiting = attempt(), [], deque()
+        with bar:
+            for task in takewhile(lambda _: not result.exists(), tasks):
+                files.append(task[0])
+                if not task[0].exists():
+                    waiting.append(pool.submit(_make, store, result, make, *task))
+                if len(waiting) >= ahead:
+                    step(waiting.popleft().result())
+            for future in waiting:
+                step(future.result())
         if not any(_make(store, result, bool, file, wait=True) for file in files if not file.exists()):  # bool: was it made?
-            _make(store, result, finish, result, wait=True)
-
-
-def _made(pool, ahead: int, store: Path, result: Path, make: Callable, tasks: Iterable[tuple], done: Callable) -> list[Path]:
-    """Make the files that tasks begin with and no other process makes, `done` after each -> the files of all tasks."""
-    files, waiting = [], deque()
-    for task in takewhile(lambda _: not result.exists(), tasks):
-        files.append(task[0])
-        if not task[0].exists():
-            waiting.append(pool.submit(_make, store, result, make, *task))
-        if len(waiting) >= ahead:
-            done(waiting.popleft().result())
-    for future in waiting:
-        done(future.result())
-    return files
+            _make(store, result, finish, result, files, wait=True)
 
 
 def _make_shard(entry: Path, first: int, last: int) -> None:
     """Write one shard, then into .store its entry for the manifest and the counts of training rows."""
     kind, _, number = entry.stem.partition("-")
     settings, vocabulary = stored.WORKER["settings"], stored.WORKER["vocabulary"]
-    store, counts = stored.Store.opened(entry.parent / "joined", kind, block.id_type(vocabulary.size)), Counter()
+    store, counts = stored.Store.opened(entry.parent / "joined", kind, np.min_scalar_type(vocabulary.size - 1)), Counter()
     draws = [block.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
     shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)
     block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])
 
 
-def _tokenize(made: Callable, store: Path, settings, size: int, sources: list[Source], skip: bool) -> tuple:
-    """Read all sources, and make the pieces that are to be made here -> (all pieces, what joins them)."""
+def _tokenize(store: Path, settings, vocabulary: Vocabulary, sources: list[Source], skip: bool) -> tuple:
+    """An attempt at the plan: read all sources, tokenize them in pieces, join these."""
     tally, sizes = Tally(skip), [source.bytes for source in sources]
-    cut = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
-    with tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None) as bar:
-        pieces = made(stored.make_piece, cut, lambda _: bar.update(tally.read - bar.n))
-    return pieces, partial(stored.join, pieces, settings, tally, size)
+    bar = tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None)
+    pieces = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
+    finish = partial(stored.join, settings, tally, vocabulary.size)
+    return bar, lambda _: bar.update(tally.read - bar.n), stored.make_piece, pieces, finish
 
 
-def _draw(made: Callable, store: Path, settings, vocabulary: Vocabulary) -> tuple:
-    """Make the shards that are to be made here -> (the entries of all, what writes the manifest)."""
+def _draw(store: Path, settings, vocabulary: Vocabulary) -> tuple:
+    """An attempt at the manifest: draw the rows of all shards, list these."""
     counts, shards = json.loads((store / "joined/plan.json").read_text())
     tasks = [(store / f"{name}.json", *span) for name, span in shards.items()]
-    with tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None) as bar:
-        entries = made(_make_shard, tasks, lambda _: bar.update())
-    return entries, partial(_finish, settings, vocabulary, counts, entries)
+    bar = tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None)
+    return bar, lambda _: bar.update(), _make_shard, tasks, partial(_finish, settings, vocabulary, counts)
 
 
 def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], workers: int, skip: bool) -> None:
     """Work with other processes until the manifest is there.  `settings` is what the bytes depend on."""
-    store, manifest, size = out / ".store", out / "manifest.json", vocabulary.size
+    store, manifest = out / ".store", out / "manifest.json"
     begun, planned = store / "settings.json", store / "joined/plan.json"
     pool = ThreadPoolExecutor if workers == 1 else partial(ProcessPoolExecutor, mp_context=get_context("spawn"))  # no torch
     (store / "locks").mkdir(parents=True, exist_ok=True)
-    _until(store, begun, lambda: ([], lambda path: block.write_json(path, vars(settings))))
+    _make(store, begun, block.write_json, begun, vars(settings), wait=True)
     with open(begun, "r+b") as alive:
         fcntl.flock(alive, fcntl.LOCK_SH)
         built = _is_built(out, settings)  # perhaps another process began, or has just ended
         try:
             if not built:
                 with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
-                    made = partial(_made, pool, workers + 2, store)
-                    _until(store, planned, partial(_tokenize, partial(made, planned), store, settings, size, sources, skip))
-                    _until(store, manifest, partial(_draw, partial(made, manifest), store, settings, vocabulary))
+                    _until(store, planned, pool, workers + 2, partial(_tokenize, store, settings, vocabulary, sources, skip))
+                    _until(store, manifest, pool, workers + 2, partial(_draw, store, settings, vocabulary))
         finally:
-            useless = sys.exc_info()[0] is stored.NoPlan
-            if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
+            useless = sys.exc_info()[0] is ValueError and (planned.parent / "held").exists()  # no plan can be made of the pieces
+            if manifest.exists() or not planned.exists() and (useless or not any(store.glob("pieces/*.npz"))):
                 with suppress(OSError):  # the last process to end removes what nothing goes on with; OUT too where it is empty
                     fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(store, ignore_errors=True)
                     out.rmdir()
 
 
-def _finish(settings, vocabulary: Vocabulary, counts: dict, entries: list[Path], manifest: Path) -> None:
+def _finish(settings, vocabulary: Vocabulary, counts: dict, manifest: Path, entries: list[Path]) -> None:
     """Write the manifest from what the shards left; its counts are those of the join and, over training rows, these."""
     shards, counted = zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
     train, held = (tuple(block.Shard(**shard) for shard in shards if shard["name"].startswith(kind)) for kind in stored.DRAWS)
@@ -149,8 +142,7 @@ def _is_built(out: Path, settings) -> bool:
         if any(out.glob("train-*.tar")):
             raise ValueError(f"--out {out}: holds shards without a manifest; remove them, or give another folder")
         return False
-    there = block.read_manifest(out).settings if built else json.loads(begun.read_text())
-    here = json.loads(json.dumps(vars(settings)))
+    here, there = vars(settings), block.read_manifest(out).settings if built else json.loads(begun.read_text())
     if differ := [f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]:
         raise ValueError(f"--out {out}: holds shards of other settings ({'; '.join(differ)}); remove "
                          f"{'them' if built else begun.parent}, give those settings, or another folder")

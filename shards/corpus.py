@@ -77,16 +77,10 @@ class Form:
         ends = {"text": end, "row": "a row is a document", "run": f"{RUN:,} rows are a document"}[self.ends]
         return f"{what}, {ends}" + ", token spacing undone" * self.spaced + ", Project Gutenberg's text left out" * self.gutenberg
 
-
-@dataclass(frozen=True)
-class Document:
-    """Paragraphs or sentences as read, and the form that says what is still to do with them: for the workers of a build."""
-    units: list[str]
-    form: Form
-
-    def sentences(self) -> list[str]:
-        units = [untokenized(unit) for unit in self.units] if self.form.spaced else self.units
-        if self.form.kind != "lines":
+    def sentences(self, units: list[str]) -> list[str]:
+        """A document's, of its units, paragraphs or sentences as read: what is left to the workers of a build."""
+        units = [untokenized(unit) for unit in units] if self.spaced else units
+        if self.kind != "lines":
             units = [sentence for unit in units for sentence in segment("en", unit)]
         return [sentence for unit in units if (sentence := unit.strip())]
 
@@ -144,15 +138,15 @@ def _units(form: Form, lines: Iterable[str], counts: Counter) -> Iterator[str | 
         before = line
 
 
-def documents_in(form: Form, texts: Iterator[str], tally: Tally) -> Iterator[Document]:
-    """The documents of one text given as its lines, or of rows, in order; the tally counts what is left out and cut."""
+def documents_in(form: Form, texts: Iterator[str], tally: Tally) -> Iterator[list[str]]:
+    """The units of each document of a text given as its lines, or of rows; the tally counts what is left out and cut."""
     groups = {"text": [texts], "row": (row.split("\n") for row in texts), "run": iter(lambda: list(islice(texts, RUN)), [])}
     for lines in groups[form.ends]:
         units, size = [], 0
         for unit in chain(_units(form, lines, tally.counts), [None]):
             if units and (unit is None or size + len(unit) > LARGEST):
                 tally.counts["cut_documents"] += unit is not None
-                yield Document(units, form)
+                yield units
                 units, size = [], 0
             if unit:
                 units.append(unit)

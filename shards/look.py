@@ -38,7 +38,7 @@ def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None
     ids, first = np.split(block.ids, np.cumsum(block.lengths))[row], block.first[row]
     shown = {"A": ids[:first], "B": ids[first:]}
     ends = np.cumsum(block.mask_counts)[:-1]  # set by set, row by row
-    positions, others = (np.split(flat, ends)[row::block.rows] for flat in (block.mask_positions, block.mask_ids))
+    positions, others = (np.split(flat, ends)[row::len(block.lengths)] for flat in (block.mask_positions, block.mask_ids))
     for mask_set, (where, other) in enumerate(zip(positions, others, strict=True)):
         shown[f"set {mask_set}"] = ids.copy()
         shown[f"set {mask_set}"][where] = other

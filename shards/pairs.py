@@ -82,19 +82,6 @@ def _runs(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
 
 
-def _gathered(store: Store, spans: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids T, lengths R, first R) of `[CLS] A [SEP] B [SEP]`, or `[CLS] A [SEP]` where B is empty."""
-    starts, sizes = spans[::2], spans[1::2] - spans[::2]
-    first = sizes[0] + 2
-    lengths = first + sizes[1] + (sizes[1] > 0)
-    begin = np.cumsum(lengths) - lengths
-    ids = np.full(lengths.sum(), vocabulary.sep, store.ids.dtype)
-    ids[begin] = vocabulary.cls
-    to, starts, sizes = (both.T.ravel() for both in (np.stack([begin + 1, begin + first]), starts, sizes))
-    ids[_runs(to, sizes)] = store.ids[_runs(starts, sizes)]
-    return ids, lengths, first
-
-
 def words(ids: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, whole_word: bool) -> tuple:
     """(places in the flat ids, tokens, rows), W each, of what is masked together: words or tokens, but no special ones."""
     special = vocabulary.special[ids]
@@ -133,8 +120,7 @@ def _words_within(sizes: np.ndarray, rows: np.ndarray, budget: np.ndarray, chanc
         of_row, coin = rows[number].astype(np.uint64), chance[number].astype(np.uint64)
         # Sorting integers of row (9 bits), chance (32), word (23) is several times faster than argsort by (row, chance).
         order = (np.sort(of_row << np.uint64(55) | coin << np.uint64(23) | number) & np.uint64(2**23 - 1)).astype(np.int64)
-        at = np.searchsorted(of_row, np.arange(len(budget)))
-        ends = np.searchsorted(of_row, np.arange(len(budget)), "right")
+        at, ends = (np.searchsorted(of_row, np.arange(len(budget)), side) for side in ("left", "right"))
         while len(row := np.flatnonzero((at < ends) & (left > 0))):  # the next word of each row
             word = order[at[row]]
             fits = sizes[word] <= left[row]
@@ -153,7 +139,14 @@ def make_blocks(store: Store, first: int, last: int, vocabulary: Vocabulary, set
     for at in range(0, len(table), BLOCK_ROWS):
         rows = table[at:at + BLOCK_ROWS]
         spans, truncated = draw_rows(store, rows, capacity, for_rows)
-        ids, lengths, first_segment = _gathered(store, spans, vocabulary)
+        starts, sizes = spans[::2], spans[1::2] - spans[::2]
+        first_segment = sizes[0] + 2  # [CLS] A [SEP] B [SEP], or [CLS] A [SEP] where B is empty
+        lengths = first_segment + sizes[1] + (sizes[1] > 0)
+        begin = np.cumsum(lengths) - lengths
+        ids = np.full(lengths.sum(), vocabulary.sep, store.ids.dtype)
+        ids[begin] = vocabulary.cls
+        to, starts, sizes = (both.T.ravel() for both in (np.stack([begin + 1, begin + first_segment]), starts, sizes))
+        ids[_runs(to, sizes)] = store.ids[_runs(starts, sizes)]
         found = words(ids, lengths, vocabulary, settings.masking == "whole-word")
         sets = [masked(found, ids, lengths, vocabulary, lambda _, its: for_masks.integers(2**32, size=len(its), dtype=np.uint32),
                        settings.row_length) for _ in range(settings.mask_sets)]

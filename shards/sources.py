@@ -16,7 +16,7 @@ import fsspec
 import pyarrow
 from pyarrow.parquet import ParquetFile
 
-from shards.corpus import SAMPLED, Document, Form, Tally, documents_in, survey
+from shards.corpus import SAMPLED, Form, Tally, documents_in, survey
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 TEXT, JSON, PARQUET = (".txt", ".tokens", ".raw"), (".jsonl", ".ndjson", ".json"), (".parquet",)  # taken from a folder
@@ -27,8 +27,7 @@ FORMS = {"wikitext": Form("wikitext"), "bookcorpus": Form("lines", "run")}  # kn
 
 
 def _suffix(file) -> str:
-    path = Path(file)
-    return Path(path.stem).suffix if path.suffix in CODECS else path.suffix
+    return next((suffix for suffix in reversed(Path(file).suffixes) if suffix not in CODECS), "")
 
 
 def _rows(file: Path | str, column: str, tally: Tally) -> Iterator[str]:
@@ -157,12 +156,12 @@ class Source:
     def __str__(self) -> str:
         return f"{self.name}: {'; '.join(self.stated()['verdicts'])}" + f" (weight {self.weight:g})" * (self.weight != 1)
 
-    def documents(self, tally: Tally) -> Iterator[Document]:
+    def documents(self, tally: Tally) -> Iterator[tuple[Form, list[str]]]:
         """Documents in order, the same at every call.  ValueError on a bad record, unless the tally is to skip it."""
-        document = None
+        units = None
         for form, files in self.texts:
             rows = chain.from_iterable(_rows(file, self.column, tally) for file in files)
-            for document in documents_in(form, rows, tally):
-                yield document
-        if document is None:
+            for units in documents_in(form, rows, tally):
+                yield form, units
+        if units is None:
             raise ValueError(f"source {self.name}: no document in it; leave it out")

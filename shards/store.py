@@ -4,22 +4,21 @@ import mmap
 import os
 import shutil
 import signal
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from itertools import chain, count, pairwise
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
+from unicodedata import normalize
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.block import chance, id_type, write, write_json, written_whole
-from shards.corpus import Document, Tally
+from shards.block import chance, write, write_json, written_whole
+from shards.corpus import Form, Tally
 from shards.sources import Source
 from shards.tokenizer import Vocabulary
 
@@ -40,7 +39,7 @@ class Store:
     places: np.ndarray  # D + 1 int64: sentences x copies of the documents before d; one that rows are not of has no copies
 
     @staticmethod
-    def opened(folder: Path, kind: str, id_type: type) -> "Store":
+    def opened(folder: Path, kind: str, id_type: np.dtype) -> "Store":
         """For the rows of a kind, `train` or `held`, which is the name of its places."""
         types = {"ids": id_type, "sentences": np.int64, "documents": np.int64, kind: np.int64}
         return Store(*(np.memmap(folder / name, type_, "r").view(np.ndarray) for name, type_ in types.items()))
@@ -66,18 +65,18 @@ def start_worker(vocabulary: Vocabulary, settings) -> None:
 
 
 def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> Iterator[tuple[Path, int, list]]:
-    """Pieces in order: a file for each, the number of its source, and (document, copies) of consecutive documents of it."""
+    """Pieces in order: a file for each, the number of its source, and (form, units, copies) of consecutive documents of it."""
     folder.mkdir(exist_ok=True)
     files = (folder / f"{number}.npz" for number in count())
     for number, source in enumerate(sources):
         drawn, (whole, part) = chance(seed, COPIES, number), divmod(source.weight, 1)
         piece, chars = [], 0
-        for document in source.documents(tally):
+        for form, units in source.documents(tally):
             copies = int(whole) + (part > 0 and drawn.random() < part)
             tally.counts["dropped_thinned"] += not copies
             if copies:
-                piece.append((document, copies))
-                chars += sum(map(len, document.units))
+                piece.append((form, units, copies))
+                chars += sum(map(len, units))
             if chars >= PIECE_CHARS:
                 yield next(files), number, piece
                 piece, chars = [], 0
@@ -85,26 +84,21 @@ def cut_pieces(sources: list[Source], tally: Tally, seed: int, folder: Path) -> 
             yield next(files), number, piece
 
 
-def _hashed(sentences: list[str]) -> int:
-    """64 bits of a document's text, whatever its case, spacing and compatibility forms (NFKC)."""
-    text = " ".join(unicodedata.normalize("NFKC", " ".join(sentences)).casefold().split())
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def make_piece(path: Path, source: int, piece: list[tuple[Document, int]]) -> None:
+def make_piece(path: Path, source: int, piece: list[tuple[Form, list[str], int]]) -> None:
     """Tokenize one piece into its file.  Documents without a token are left out and counted."""
-    unk, split = WORKER["vocabulary"].unk, [document.sentences() for document, _ in piece]
+    unk, split = WORKER["vocabulary"].unk, [form.sentences(units) for form, units, _ in piece]
     sentences = [text.replace("<unk>", unk) if unk else text for text in chain.from_iterable(split)]
-    encode = partial(WORKER["tokenizer"].encode_batch_fast, add_special_tokens=False)
-    encoded = [e.ids for at in range(0, len(sentences), BATCH) for e in encode(sentences[at:at + BATCH])]
+    encoded = [each.ids for at in range(0, len(sentences), BATCH)
+               for each in WORKER["tokenizer"].encode_batch_fast(sentences[at:at + BATCH], add_special_tokens=False)]
     lengths = np.fromiter(map(len, encoded), np.uint32, len(encoded))
-    ids = np.fromiter(chain.from_iterable(encoded), id_type(WORKER["vocabulary"].size), int(lengths.sum()))
+    ids = np.fromiter(chain.from_iterable(encoded), np.min_scalar_type(WORKER["vocabulary"].size - 1), int(lengths.sum()))
     of_document = np.repeat(np.arange(len(split)), [len(sentences) for sentences in split])
     table = np.zeros(len(split), DOCUMENT)
     table["sentences"], table["tokens"] = (np.bincount(of_document, each, len(split)) for each in (lengths > 0, lengths))
-    table["copies"], table["source"] = [copies for _, copies in piece], source
-    if WORKER["settings"].dedup:
-        table["hash"] = [_hashed(sentences) for sentences in split]
+    table["copies"], table["source"] = [copies for *_, copies in piece], source
+    if WORKER["settings"].dedup:  # 64 bits of a document's text, whatever its case, spacing and compatibility forms
+        texts = (" ".join(normalize("NFKC", " ".join(sentences)).casefold().split()) for sentences in split)
+        table["hash"] = [int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts]
     full = table["sentences"] > 0
     unknown = np.count_nonzero(ids == WORKER["tokenizer"].token_to_id(unk)) if unk else 0
     with written_whole(path) as file:
@@ -127,26 +121,22 @@ def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     return list(pairwise(np.unique([0, *(last + 1)]).tolist()))
 
 
-class NoPlan(ValueError):
-    """The pieces are of no use: other settings, or other text, are another build."""
-
-
 def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[str, tuple[int, int]]:
     """The range of documents of each shard, `train-00000` and on, from the tokens x copies of each document."""
     if (there := np.count_nonzero(train)) < 2 - settings.one_segment:
-        raise NoPlan(f"documents to train on: {there}, but random second segments need two at least; give more text"
-                     + ", or --one-segment for rows without a second segment" * there)
+        raise ValueError(f"documents to train on: {there}, but random second segments need two at least; give more text"
+                         + ", or --one-segment for rows without a second segment" * there)
     # A token makes 1.25 of rows (special ones and random second segments, less what is cut), 0.15 of each mask set.
     estimate = 1.25 * train.sum() * (id_bytes + 0.15 * settings.mask_sets * (id_bytes + 1))
     ranges = {"train": _ranges(train, settings.shards or max(1, round(estimate / SHARD_BYTES)))}
     if (most := len(ranges["train"])) < (settings.shards or 0):
-        raise NoPlan(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
+        raise ValueError(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
     if held.any():
         ranges["held"] = _ranges(held, max(1, round(most * held.sum() / train.sum())))
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
 
 
-def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: Path) -> None:
+def join(settings, tally: Tally, vocab_size: int, planned: Path, pieces: list[Path]) -> None:
     """Lay all pieces end to end beside plan.json, written last: what was counted, what is to be made."""
     counts, tables, folder, end = Counter(tally.counts), [np.zeros(0, DOCUMENT)], planned.parent, 0
     folder.mkdir(exist_ok=True)
@@ -171,7 +161,7 @@ def join(pieces: list[Path], settings, tally: Tally, vocab_size: int, planned: P
     sizes, tokens = (table[name].astype(np.int64) for name in ("sentences", "tokens"))
     for name, counted in {"documents": sizes, "train": sizes * copies, "held": sizes * held}.items():
         write(folder / name, np.append(0, np.cumsum(counted)).tobytes())
-    tasks = plan(settings, tokens * copies, tokens * held, np.dtype(id_type(vocab_size)).itemsize)
+    tasks = plan(settings, tokens * copies, tokens * held, np.min_scalar_type(vocab_size - 1).itemsize)
     of_source = np.bincount(table["source"], tokens * copies, len(settings.sources))
     counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),
                   sentences=sizes[kept].sum(), tokens=tokens[kept].sum())

@@ -33,13 +33,6 @@ class Batch:
     numbers: np.ndarray  # (R,) int64: the rows' numbers in the manifest's order of shards
 
 
-@lru_cache(maxsize=4)
-def shard_order(sizes: tuple[int, ...], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The shards of a pass in order, and the place at which each begins (one more entry: the end)."""
-    order = chance(seed, ORDER, epoch).permutation(len(sizes))
-    return order, np.cumsum([0, *np.array(sizes)[order]])
-
-
 def splitmix64(state: np.ndarray) -> np.ndarray:
     """The next output of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014); uint64."""
     z = state + GAMMA
@@ -91,7 +84,8 @@ class Stream:
         self.manifest, self.read, self.mask, self.padded = manifest, read, mask, padded
         self.seed, self.batch, self.lanes, self.rank, self.world = seed, batch, lanes, rank, world
         self.mine = np.flatnonzero(np.arange(batch) % lanes % world == rank)
-        self.sizes = tuple(shard.rows for shard in manifest.shards)
+        self.sizes = np.array([shard.rows for shard in manifest.shards])
+        self.order = lru_cache(lambda epoch: chance(seed, ORDER, epoch).permutation(len(self.sizes)))  # of the shards in a pass
         self.shards = manifest.shards + manifest.held_out
         self.first_row = np.cumsum([0, *(shard.rows for shard in self.shards)])
         quarter = lanes * manifest.rows // len(self.sizes) // 4 // batch  # batches in which a lane reads a quarter of a shard
@@ -108,8 +102,8 @@ class Stream:
         at = lane * (total // lanes) + np.minimum(lane, total % lanes) + offsets
         keys = epochs * len(self.sizes)
         for epoch in np.unique(epochs).tolist():
-            order, begins = shard_order(self.sizes, self.seed, epoch)
-            here = epochs == epoch
+            order, here = self.order(epoch), epochs == epoch
+            begins = np.cumsum(self.sizes[order]) - self.sizes[order]
             slots = np.searchsorted(begins, at[here], side="right") - 1
             keys[here] += order[slots]
             at[here] -= begins[slots]

@@ -124,14 +124,11 @@ def open_tokenizer(name: str) -> Vocabulary:
     """Open a folder, SentencePiece file or hub name.  ValueError, one line, says what to give instead."""
     tokenizer = auto_tokenizer(str(name))
     backend, roles = tokenizer.backend_tokenizer, {role: getattr(tokenizer, f"{role}_token_id") for role in ROLES}
-    missing = [role for role, number in roles.items() if number is None]
-    if missing:
+    if missing := [role for role, number in roles.items() if number is None]:
         raise ValueError(f"tokenizer {name}: no {' and no '.join(missing)} token; name one in its "
                          f"tokenizer_config.json ({json.dumps(missing[0] + '_token')}), or give a BERT-like tokenizer")
-    token_of = {number: token for token, number in tokenizer.get_vocab().items()}
-    tokens = [token_of.get(number, "") for number in range(max(token_of) + 1)]
-    special = np.zeros(len(tokens), bool)
-    special[[number for number, added in backend.get_added_tokens_decoder().items() if added.special]] = True
+    tokens = [backend.id_to_token(number) or "" for number in range(max(tokenizer.get_vocab().values()) + 1)]
+    special = np.isin(np.arange(len(tokens)), [n for n, added in backend.get_added_tokens_decoder().items() if added.special])
     model = json.loads(backend.to_str())
     for token in model["added_tokens"]:
         token["special"] = token["content"] != tokenizer.unk_token  # what a text itself says is text, but for the unknown token

@@ -60,7 +60,7 @@ def documents(source: str, sentences: str = "auto") -> Iterator[list[str]]:
     from shards.corpus import Tally
     from shards.sources import Source
 
-    return filter(None, (document.sentences() for document in Source.opened(source, sentences).documents(Tally())))
+    return filter(None, (form.sentences(units) for form, units in Source.opened(source, sentences).documents(Tally())))
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def test_wikitext_is_cut_at_titles_and_its_spacing_undone(tmp_path):
 def test_gutenberg_text_is_left_out_and_counted_and_wraps_are_joined(tmp_path):
     source = Source.opened(write(tmp_path / "book.txt", GUTENBERG, "utf-8-sig"))
     tally = Tally()
-    found = [document.sentences() for document in source.documents(tally)]
+    found = [form.sentences(units) for form, units in source.documents(tally)]
     assert found == [["It was a long day, and the sun that stood over the hill was slow.", "Nobody came.",
                       "Then it was night."]]
     assert tally.counts["gutenberg_lines"] == 6 and "prose" in str(source) and "Gutenberg" in str(source)
@@ -120,28 +120,29 @@ def test_a_document_is_cut_at_its_largest_size_and_nothing_is_lost(text, kind, l
     with monkeypatch.context() as patch:
         patch.setattr(corpus, "LARGEST", largest)
         parts, cuts = read()
-    assert all(len(part.units) == 1 or sum(map(len, part.units)) <= largest for part in parts)
+    assert all(len(part) == 1 or sum(map(len, part)) <= largest for part in parts)
     if len(whole) == 1:  # no cut is early
-        assert all(sum(map(len, [*one.units, after.units[0]])) > largest for one, after in zip(parts, parts[1:]))
+        assert all(sum(map(len, [*one, after[0]])) > largest for one, after in zip(parts, parts[1:]))
     assert cuts == len(parts) - len(whole)
-    assert "".join(unit for part in parts for unit in part.units).replace(" ", "") == "".join(
-        unit for document in whole for unit in document.units).replace(" ", "")
+    assert "".join(unit for part in parts for unit in part).replace(" ", "") == "".join(
+        unit for document in whole for unit in document).replace(" ", "")
 
 
 def test_a_row_is_one_document_with_or_without_blank_lines():
     rows = iter(["One sentence.\n\nAnother one.\n", "A third."])
-    assert [document.sentences() for document in documents_in(Form("lines", "row", False), rows, Tally())] == [
+    form = Form("lines", "row", False)
+    assert [form.sentences(units) for units in documents_in(form, rows, Tally())] == [
         ["One sentence.", "Another one."], ["A third."]]
 
 
 def test_wrapped_lines_without_a_blank_line_become_long_paragraphs(monkeypatch):
     monkeypatch.setattr(corpus, "LARGEST", 2 * 64)
     (found,) = documents_in(Form("wrapped"), iter(["one", " two ", "three", "four", "", "", "five"]), Tally())
-    assert found.units == ["one two three", "four", "five"]
+    assert found == ["one two three", "four", "five"]
 
 
 def test_a_line_that_looks_like_a_heading_is_text_unless_blank_lines_stand_around_it():
     lines = ["", " = A = ", "", "text", " = x = ", "", " = y = ", "more", "", " = B = ", ""]
     found = list(documents_in(Form("wikitext"), iter(lines), tally := Tally()))
-    assert [document.units for document in found] == [["text", " = x = ", " = y = ", "more"]]
+    assert found == [["text", " = x = ", " = y = ", "more"]]
     assert tally.counts["headings"] == 2

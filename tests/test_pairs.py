@@ -158,7 +158,8 @@ def test_blocks_are_full_but_the_last_and_hold_all_rows_in_order(documents, seed
     table = cut_documents(store, 0, documents, 20, False, generator(0, seed))
     assert (np.diff(table[:, 0]) >= 0).all() and set(table[:, 0]) == set(range(documents))
     blocks = blocks_of(store, seed, row_length=23)
-    assert all(block.rows == BLOCK_ROWS for block in blocks[:-1]) and sum(block.rows for block in blocks) == len(table)
+    sizes = [len(block.lengths) for block in blocks]
+    assert all(size == BLOCK_ROWS for size in sizes[:-1]) and sum(sizes) == len(table)
     assert (np.concatenate([block.is_random for block in blocks]) == table[:, 5]).all()
 
 

@@ -235,7 +235,7 @@ def test_dynamic_masks_are_the_same_in_any_company(shards_folder):
     """More rows than are masked at once, against a few at a time."""
     manifest = read_manifest(shards_folder)
     whole = read_shard(shards_folder, manifest.shards[0])
-    masks, rows = DynamicMasks(shards_folder, manifest, 0), np.arange(1200) % whole.rows
+    masks, rows = DynamicMasks(shards_folder, manifest, 0), np.arange(1200) % len(whole.lengths)
     lengths = whole.lengths.astype(int)[rows]
     ids, begins = np.zeros((len(rows), 48), whole.ids.dtype), np.cumsum(whole.lengths, dtype=int) - whole.lengths
     for at, row in enumerate(rows):

@@ -24,15 +24,16 @@ def test_wikitext_articles_are_documents_without_token_spacing():
 
 def test_gutenbergs_own_text_is_left_out_and_counted():
     tally = Tally()
-    (book,) = Source.opened(str(DATA / "books/soseki-botchan.txt")).documents(tally)
-    sentences = book.sentences()
+    ((form, units),) = Source.opened(str(DATA / "books/soseki-botchan.txt")).documents(tally)
+    sentences = form.sentences(units)
     assert tally.counts["gutenberg_lines"] > 100 and len(sentences) > 1000
     assert not any("gutenberg" in sentence.lower() or "\ufeff" in sentence for sentence in sentences)
 
 
 def test_tokenized_books_are_lines():
     source = Source.opened(str(DATA / "books/austen-emma.txt"))
-    assert "lines" in str(source) and len(next(source.documents(Tally())).sentences()) > 5000
+    form, units = next(source.documents(Tally()))
+    assert "lines" in str(source) and len(form.sentences(units)) > 5000
 
 
 def test_qnli_with_its_stray_quotes_reads_whole():

@@ -51,7 +51,7 @@ def write_parquet(path, rows, column="text"):
 
 def read(source: Source, skip: bool = False) -> tuple[list[list[str]], Tally]:
     tally = Tally(skip)
-    return [document.sentences() for document in source.documents(tally)], tally
+    return [form.sentences(units) for form, units in source.documents(tally)], tally
 
 
 @pytest.mark.parametrize("name, data", [
@@ -165,7 +165,7 @@ def test_reading_is_lazy(tmp_path, monkeypatch):
 
     for name, verdict in (("lines.txt", "a sentence each"), ("wrapped.txt", "wrapped lines"), ("rows.parquet", "a row")):
         source, tally = Source.opened(str(tmp_path / name)), Tally()
-        assert verdict in str(source) and len(next(source.documents(tally)).units[0]) <= 10_000
+        assert verdict in str(source) and len(next(source.documents(tally))[1][0]) <= 10_000
         assert len(seen) < 1_000
         seen.clear()
     list(source.documents(tally := Tally()))

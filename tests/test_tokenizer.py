@@ -14,6 +14,7 @@ from pretrain.student import Student, export
 from shards import block
 from shards.build import main
 from shards.tokenizer import PROBE, auto_tokenizer, fingerprint, open_tokenizer
+from tests import conftest
 from tests.conftest import generated_documents, save_tokenizer
 
 DATA = Path(os.environ.get("DISTILL_DATA", "/nonexistent"))
@@ -254,3 +255,18 @@ def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_network(tmp
         open_tokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match="holds no tokenizer"):
         open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("size, dtype", [(256, "uint8"), (257, "uint16")])
+def test_ids_are_as_wide_as_the_vocabulary_needs(tmp_path, monkeypatch, size, dtype):
+    pieces = conftest.vocabulary()[:size]
+    monkeypatch.setattr(conftest, "vocabulary", lambda: pieces)
+    folder = save_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.txt").write_text("\n\n".join(f"{word}." for word in pieces[-100:]))
+    assert main([str(tmp_path / "a.txt"), "--tokenizer", str(folder), "--out", str(tmp_path / "out"), "--one-segment",
+                 "--held-out=0", "--workers=1", "--sentences=lines"]) == 0
+    manifest = block.read_manifest(tmp_path / "out")
+    whole = block.read_shard(tmp_path / "out", manifest.shards[0])
+    assert manifest.tokenizer["vocab_size"] == size and whole.ids.dtype == whole.mask_ids.dtype == dtype
+    rows = [f"[CLS] {word} . [SEP]" for word in pieces[-100:]]
+    assert sorted(" ".join(pieces[number] for number in row) for row in rows_of(whole)) == sorted(rows)

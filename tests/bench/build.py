@@ -36,16 +36,16 @@ CHILD = "encode"  # first word of the command line of the process that only enco
 
 def sentences(names: list[str]) -> Iterator[str]:
     for name in names:
-        for document in Source.opened(name).documents(Tally(False)):
-            yield from document.sentences()
+        for form, units in Source.opened(name).documents(Tally(False)):
+            yield from form.sentences(units)
 
 
 def repeated(names: list[str], path: Path, size: float) -> None:
     """Documents of the sources in random orders, once more and once more, until `path` has `size` bytes."""
     texts = []
     for name in names:
-        for document in Source.opened(name).documents(Tally(False)):
-            lines = document.sentences()
+        for form, units in Source.opened(name).documents(Tally(False)):
+            lines = form.sentences(units)
             texts += ["\n".join(lines[at:at + 200]) + "\n\n" for at in range(0, len(lines), 200)]
     rng = np.random.Generator(np.random.PCG64(0))
     with open(path, "w") as file:
