@@ -115,6 +115,15 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
     return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
 
 
+def keep(state: Path, *parts) -> None:
+    """What a training goes on from, whole or not at all.  OSError where it cannot be written."""
+    try:
+        with written_whole(state) as file:
+            torch.save(parts, file)
+    except RuntimeError as error:  # torch has one for a full disk
+        raise OSError(f"{state} cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
+
+
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
         measure: Callable[[], float], state: Path, layered: bool = False, rank: int = 0, world: int = 1) -> list[dict]:
     """Train in place to the epoch of the best dev accuracy, which `measure()` gives (layers: to the last) -> a line an epoch.
@@ -166,7 +175,6 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
             if stage != "layers" and curve[-1] is best(curve, key=lambda line: line[figure]):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
-            with written_whole(state) as file:
-                torch.save([*(one.state_dict() for one in (model, optimizer, rate)), curve, kept], file)
+            keep(state, *(one.state_dict() for one in (model, optimizer, rate)), curve, kept)
     model.load_state_dict(kept or model.state_dict())
     return curve

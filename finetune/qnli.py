@@ -92,8 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         from finetune.stages import Run, several
         print(several(given, settings) if given.seeds > 1 else Run(given, settings).run())
         return 0
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         said = " ".join(str(error).split())
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # the latter: safetensors' and tokenizers' own
+            raise
+        said = f"--out {given.out}: {error}; make room or mend it, then the same command goes on"
     except KeyboardInterrupt:
         said = "stopped; the same command goes on after the last whole epoch"
     if os.environ.get("RANK", "0") == "0":  # all ranks meet the same

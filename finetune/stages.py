@@ -1,5 +1,6 @@
 """From a teacher and a general student to a QNLI model: the folders teacher, layers and student, then the report."""
 
+import atexit
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ def met() -> Ranks:
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
     if (ranks := join(timeout=DAY)).rank:
         sys.stdout = open(os.devnull, "w")
+    atexit.register(torch.distributed.destroy_process_group)  # without it a rank can abort while the others still talk to it
     return ranks
 
 

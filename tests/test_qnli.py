@@ -235,11 +235,11 @@ def test_an_unknown_option_is_one_line(capsys):
 
 @pytest.mark.parametrize("raised, says", [
     (KeyboardInterrupt(), "stopped; the same command goes on after the last whole epoch"),
-    (OSError(28, "No space left on device", "x/training.pt"), "[Errno 28] No space left on device: 'x/training.pt'")])
+    (OSError(28, "No space"), "--out {out}: [Errno 28] No space; make room or mend it, then the same command goes on")])
 def test_what_ends_a_run_from_outside_is_one_line(place, tmp_path, capsys, monkeypatch, raised, says):
     def ended(*_):
         raise raised
 
     monkeypatch.setattr(stages.Run, "make", ended)
     assert run(place, tmp_path / "out") == 2
-    assert capsys.readouterr().err == f"error: {says}\n"
+    assert capsys.readouterr().err == f"error: {says.format(out=tmp_path / 'out')}\n"

@@ -95,6 +95,24 @@ def test_a_killed_run_ends_with_the_model_of_an_unbroken_one(place, tmp_path):
     assert not list(tmp_path.glob("killed/*.part"))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("size", ["60k", "300k", "560k", "700k"])  # the state, a second one, the weights, the tokenizer
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place, tmp_path, capsys, size):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        assert run(place, disk / "out") == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith(f"error: --out {disk}/out: ")
+        assert error.endswith("; make room or mend it, then the same command goes on\n")
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        assert run(place, disk / "out") == 0 and not list(disk.glob("out/*.part"))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_what_another_run_left_is_not_gone_on_from(place, tmp_path):
     part = tmp_path / "out" / "student.00000000.part"
     part.mkdir(parents=True)
