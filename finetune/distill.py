@@ -116,7 +116,7 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
 
 
 def keep(state: Path, *parts) -> None:
-    """What a training goes on from, whole or not at all.  OSError where it cannot be written."""
+    """What a training goes on from, whole or not at all; the first rank's.  OSError where it cannot be written."""
     try:
         with written_whole(state) as file:
             torch.save(parts, file)
@@ -175,6 +175,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             print(f"  {stage}: epoch {epoch} of {epochs}, loss {mean_loss:.4g}, {figure} {curve[-1][figure]:.4g}", flush=True)
             if stage != "layers" and curve[-1] is best(curve, key=lambda line: line[figure]):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
-            keep(state, *(one.state_dict() for one in (model, optimizer, rate)), curve, kept)
+            if rank == 0:
+                keep(state, *(one.state_dict() for one in (model, optimizer, rate)), curve, kept)
     model.load_state_dict(kept or model.state_dict())
     return curve

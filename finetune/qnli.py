@@ -86,21 +86,27 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages; what a person got wrong is one line and exit code 2."""
-    given = options(argv)
+    given, rank = options(argv), os.environ.get("RANK", "0")
     try:
+        if given.seeds < 1:
+            raise ValueError(f"seeds {given.seeds}: write 1 or more")
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
-        from finetune.stages import Run, several
+        from finetune.stages import Run, met, several
         print(several(given, settings) if given.seeds > 1 else Run(given, settings).run())
+        met().leave()
         return 0
-    except ValueError as error:
-        said = " ".join(str(error).split())
+    except ValueError as error:  # where ranks have met they all have the same
+        said = "" if rank != "0" and "finetune.stages" in sys.modules else " ".join(str(error).split())
     except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):  # the latter: safetensors' and tokenizers' own
+        if "by peer" in str(error):  # gloo's words
+            said = f"rank {rank} lost another rank; the same command goes on after the last whole epoch"
+        elif isinstance(error, OSError) or "(os error " in str(error):  # the latter: safetensors' and tokenizers' own
+            said = f"--out {given.out}: {error}; make room or mend it, then the same command goes on"
+        else:
             raise
-        said = f"--out {given.out}: {error}; make room or mend it, then the same command goes on"
     except KeyboardInterrupt:
         said = "stopped; the same command goes on after the last whole epoch"
-    if os.environ.get("RANK", "0") == "0":  # all ranks meet the same
+    if said:
         print("error:", said, file=sys.stderr)
     return 2
 

@@ -97,7 +97,8 @@ def text(report: dict) -> str:
                **({"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}),
                **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
               for f in report["models"]]
-    made, near = report["stages"].get("augment", {}).get("figures"), report["given"]["glove"] or "the teacher's embeddings"
+    made = report["stages"].get("augment", {}).get("figures")
+    near = report.get("given", {}).get("glove") or "the teacher's embeddings"
     words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by {near}; "
              "{other_label:.1%} labelled otherwise than their originals)").format_map({"near": near} | made) if made else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "

@@ -1,6 +1,5 @@
 """From a teacher and a general student to a QNLI model: the folders teacher, layers and student, then the report."""
 
-import atexit
 import hashlib
 import json
 import os
@@ -45,7 +44,6 @@ def met() -> Ranks:
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
     if (ranks := join(timeout=DAY)).rank:
         sys.stdout = open(os.devnull, "w")
-    atexit.register(torch.distributed.destroy_process_group)  # without it a rank can abort while the others still talk to it
     return ranks
 
 
@@ -62,19 +60,21 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
     part = folder.with_name(f"{folder.name}.{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}.part")
     if met().rank:
-        part, first = Path(tempfile.mkdtemp()), part
-        if first.exists():  # go on behind the same epoch
-            shutil.copytree(first, part, dirs_exist_ok=True)
+        own, first = tempfile.TemporaryDirectory(), part.absolute()
+        part = Path(own.name)
+        (part / STATE).symlink_to(first / STATE)  # to go on behind the same epoch
     else:
         for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
             shutil.rmtree(other)
         part.mkdir(parents=True, exist_ok=True)
+        for left in part.glob("*.part"):  # of a run that was killed as it wrote its STATE
+            left.unlink()
     met().agree(None)  # all have looked before the first one writes
     found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
     (part / STATE).unlink(missing_ok=True)
     write_json(part / "stage.json", found)
     if met().rank:
-        shutil.rmtree(part)
+        own.cleanup()
     else:
         if folder.exists():  # nothing is deleted
             free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
@@ -101,6 +101,9 @@ class Run:
     """What every stage is given, read and checked before a model trains, and how each one fills its folder."""
 
     def __init__(self, given, settings):
+        met().together(partial(self._open, given, settings))  # one rank alone may find fault
+
+    def _open(self, given, settings) -> None:
         self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
         self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
         if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain.engine import Engine
 from pretrain.ranks import Ranks
-from pretrain.recipe import NOT_LEARNED
+from pretrain.recipe import NOT_LEARNED, Recipe
 from shards.block import write, write_json
 
 KEEP = 3  # newest good checkpoints that stay
@@ -101,7 +101,7 @@ def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] 
         if notes:
             raise ValueError(f"no good checkpoint in {folder}: {'; '.join(notes)}. Start over with --fresh")
         return None
-    if apart := differences(facts["settings"], about["settings"]):
+    if apart := differences(vars(Recipe()) | facts["settings"], about["settings"]):  # a newer setting's default
         raise ValueError(f"checkpoint {tag} belongs to a run with other settings: {apart}. Give the same settings, another "
                          "--out, or --fresh to begin anew (the old run is kept, renamed)")
     was, now = facts["settings"]["steps"], about["settings"]["steps"]

@@ -11,7 +11,6 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -128,7 +127,7 @@ class Engine:
         self.name, self.recipe, self.ranks = name, recipe, ranks
         groups = [{"params": [p for p in student.parameters() if (p.ndim > 1) == yes],  # no bias and no LayerNorm
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
-        adam, on_cpu = partial(torch.optim.AdamW, fused=True), ranks.device.type == "cpu"
+        adam, on_cpu = torch.optim.AdamW, ranks.device.type == "cpu"
         if offloads(config) and not on_cpu:  # on a CPU torch's own is there: DeepSpeed would have to compile its
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
         optimizer = adam(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)

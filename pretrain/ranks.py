@@ -26,6 +26,8 @@ class Ranks:
         raised = torch.tensor([error is not None, flag], dtype=torch.int32)
         if self.talk:
             dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
+        if error and not self.talk:
+            raise error
         if raised[0]:
             texts = self.gathered(str(error) if error else None)
             rank = next(rank for rank, text in enumerate(texts) if text)
@@ -43,6 +45,11 @@ class Ranks:
         """Sums over all ranks, by this rank's names; another may lack one."""
         parts = self.gathered(mine)
         return {name: sum(part.get(name, 0.0) for part in parts) for name in mine}
+
+    def leave(self) -> None:
+        """At a good end: without it a rank can abort while the others still talk to it."""
+        if self.talk:
+            dist.destroy_process_group()
 
     def say(self, text: str) -> None:
         """A decision and its reason, once for all ranks, without breaking the progress bar."""

@@ -206,6 +206,7 @@ def test_workers_that_outlive_their_parent_let_go(small, tmp_path):
         """All are stopped, and at least one in the middle of a piece, whose lock it keeps."""
         for worker in workers:
             worker.suspend()
+        until(lambda: all(worker.status() == psutil.STATUS_STOPPED for worker in workers), "the stop")
         if any(held(lock) and not (pieces / lock.name).exists() for lock in sorted((tmp_path / ".store/locks").glob("*.npz"))):
             return True
         for worker in workers:

@@ -202,6 +202,7 @@ def test_unnamed_outputs_are_tried_both_ways(place, tokenizer_folder, tmp_path):
     (["--columns", "question,text,label"], "train.tsv: no column 'text' (its header has index, question, sentence, label)"),
     (["--labels", "yes,no"], "train.tsv: row 2: unknown label"),
     (["--out", "{place}/rows/dev.tsv"], "is a file; give a folder"),
+    (["--seeds", "0"], "seeds 0: write 1 or more"),
 ])
 def test_errors_are_one_line(place, tokenizer_folder, tmp_path, capsys, arguments, says):
     if not (place / "words").exists():

@@ -4,10 +4,10 @@
 
 (a) the reference formulation: fp32, the teacher keeps its graph, scores materialized; (b) plain eager without teacher
 gradients; (c) this project: a step of its engine as `--engine` says (default: by device), fed as general.py feeds it.  Tries, on
-request (`--forms c d e f`): (d) is (c) with a second student of the same shape, (e) (c) with torch's fused AdamW, (f) (c) as if
-no row were short, so that no attention has a mask.  Teacher: BERT-base's shape, random weights.  Each runs in a process of its
-own, for its peak memory, and the rounds of all take turns.  The floor of (c) is the sum, over every matrix product of a step, of
-that product's best time alone (torch.mm, bmm) at its shape and type."""
+request (`--forms c d f`): (d) is (c) with a second student of the same shape, (f) (c) as if no row were short, so that no
+attention has a mask.  Teacher: BERT-base's shape, random weights.  Each runs in a process of its own, for its peak memory, and
+the rounds of all take turns.  The floor of (c) is the sum, over every matrix product of a step, of that product's best time
+alone (torch.mm, bmm) at its shape and type."""
 
 import argparse
 import json
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -143,8 +142,6 @@ def serve(which: str, name: str, length: int, tokens: int, engine_file: str | No
         path = Path(engine_file) if engine_file else ENGINES / ("cpu.json" if device_type() == "cpu" else "gpu-bf16.json")
         config = read_engine_file(path, device_type())
         recipe = Recipe(batch=rows, steps=10**6)
-        if which == "e":
-            torch.optim.AdamW = partial(torch.optim.AdamW, fused=True)
         students = [student, models(which, name, length)[1].to(ranks.device)] if which == "d" else [student]
         engines = [Engine(f"{name}-{n}", one, recipe, config, rows, ranks, drawn_at=0, saved=None, universal=False)
                    for n, one in enumerate(students)]
@@ -216,7 +213,7 @@ def measure(name: str, length: int, given) -> None:
                 f"{rates}, peak {fact['peak'] / 2**30:.2f} GiB, {fact['flops'] / step / 1e9:,.0f} GFLOP/s of matrix products")
         if fact["floor"]:
             line += f"; floor {fact['floor']:.2f} s, fraction {fact['floor'] / step:.1%}"
-        if which in "def" and "c" in facts:
+        if which in "df" and "c" in facts:
             apart = [x / y - 1 for x, y in zip(seconds[which], seconds["c"], strict=True)]
             line += f"; {median(apart):+.1%} of (c) ({min(apart):+.1%} to {max(apart):+.1%})"
         if which in "ab" and "c" in facts:
