@@ -101,7 +101,7 @@ def newest_good(folder: Path, about: dict) -> tuple[Path, int, list[str], bool] 
         if notes:
             raise ValueError(f"no good checkpoint in {folder}: {'; '.join(notes)}. Start over with --fresh")
         return None
-    if apart := differences(vars(Recipe()) | facts["settings"], about["settings"]):  # a newer setting's default
+    if apart := differences(*(vars(Recipe()) | its["settings"] for its in (facts, about))):  # a newer setting had its default
         raise ValueError(f"checkpoint {tag} belongs to a run with other settings: {apart}. Give the same settings, another "
                          "--out, or --fresh to begin anew (the old run is kept, renamed)")
     was, now = facts["settings"]["steps"], about["settings"]["steps"]

@@ -136,6 +136,7 @@ def test_other_learning_settings_are_refused_and_listed(tmp_path):
     for about, says in [(changed("settings", lr=2e-3), "lr was 0.001, is 0.002"),
                         (changed("settings", teacher="8f"), "teacher was 7e, is 8f"),
                         (changed("settings", new=1), "new was None, is 1"),
+                        (changed("settings", projection="each"), "other settings: projection was shared, is each."),
                         (changed("settings", students={"tiny4": {"layers": 3}}), "{'layers': 4}}, is {'tiny4': {'layers': 3}}"),
                         (changed("settings", shards="1"), "shards was 5a, is 1")]:
         with pytest.raises(ValueError, match="other settings: ") as error:
@@ -152,6 +153,8 @@ def test_what_may_change_and_is_said(tmp_path):
     save(tmp_path, 5)
     *_, notes, convert = checkpoint.newest_good(tmp_path, changed("settings", log_every=7, deterministic=False))
     assert notes == [f"goes on from {tmp_path / 'step-5'} (row 80)"] and not convert
+    older = checkpoint.newest_good(tmp_path, changed("settings", projection="shared"))  # a setting that the tag does not know
+    assert older == checkpoint.newest_good(tmp_path, ABOUT)
     *_, notes, convert = checkpoint.newest_good(tmp_path, changed("settings", steps=120))
     assert "steps was 90, is 120: the rate of every later step follows" in notes[1] and not convert
     *_, notes, convert = checkpoint.newest_good(tmp_path, changed("machine", ranks=1))
