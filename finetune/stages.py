@@ -70,7 +70,11 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
         for left in part.glob("*.part"):  # of a run that was killed as it wrote its STATE
             left.unlink()
     met().agree(None)  # all have looked before the first one writes
-    found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+    try:
+        found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+    except ValueError:  # what was made is refused; a killed run, or one with a full disk, goes on from its STATE
+        shutil.rmtree(part)
+        raise
     (part / STATE).unlink(missing_ok=True)
     write_json(part / "stage.json", found)
     if met().rank:
