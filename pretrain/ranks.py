@@ -23,11 +23,12 @@ class Ranks:
 
     def agree(self, error: Exception | None, flag: bool = False) -> bool:
         """Whether the flag is up on any rank; where one has an error all raise it as a ValueError: none is left waiting."""
+        if not self.talk:
+            if error:
+                raise error
+            return flag
         raised = torch.tensor([error is not None, flag], dtype=torch.int32)
-        if self.talk:
-            dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
-        if error and not self.talk:
-            raise error
+        dist.all_reduce(raised, dist.ReduceOp.MAX, group=self.talk)
         if raised[0]:
             texts = self.gathered(str(error) if error else None)
             rank = next(rank for rank, text in enumerate(texts) if text)

@@ -106,8 +106,8 @@ def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], w
                     _until(store, planned, pool, workers + 2, partial(_tokenize, store, settings, vocabulary, sources, skip))
                     _until(store, manifest, pool, workers + 2, partial(_draw, store, settings, vocabulary))
         finally:
-            useless = sys.exc_info()[0] is ValueError and (planned.parent / "held").exists()  # no plan can be made of the pieces
-            if manifest.exists() or not planned.exists() and (useless or not any(store.glob("pieces/*.npz"))):
+            useless = sys.exc_info()[0] is stored.NoPlan
+            if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
                 with suppress(OSError):  # the last process to end removes what nothing goes on with; OUT too where it is empty
                     fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(store, ignore_errors=True)

@@ -121,16 +121,20 @@ def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     return list(pairwise(np.unique([0, *(last + 1)]).tolist()))
 
 
+class NoPlan(ValueError):
+    """The pieces are of no use: other settings, or other text, are another build."""
+
+
 def plan(settings, train: np.ndarray, held: np.ndarray, id_bytes: int) -> dict[str, tuple[int, int]]:
     """The range of documents of each shard, `train-00000` and on, from the tokens x copies of each document."""
     if (there := np.count_nonzero(train)) < 2 - settings.one_segment:
-        raise ValueError(f"documents to train on: {there}, but random second segments need two at least; give more text"
-                         + ", or --one-segment for rows without a second segment" * there)
+        raise NoPlan(f"documents to train on: {there}, but random second segments need two at least; give more text"
+                     + ", or --one-segment for rows without a second segment" * there)
     # A token makes 1.25 of rows (special ones and random second segments, less what is cut), 0.15 of each mask set.
     estimate = 1.25 * train.sum() * (id_bytes + 0.15 * settings.mask_sets * (id_bytes + 1))
     ranges = {"train": _ranges(train, settings.shards or max(1, round(estimate / SHARD_BYTES)))}
     if (most := len(ranges["train"])) < (settings.shards or 0):
-        raise ValueError(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
+        raise NoPlan(f"--shards {settings.shards}: the documents fill at most {most}, whole in each; give that or less")
     if held.any():
         ranges["held"] = _ranges(held, max(1, round(most * held.sum() / train.sum())))
     return {f"{kind}-{number:05d}": span for kind, spans in ranges.items() for number, span in enumerate(spans)}
