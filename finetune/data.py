@@ -1,5 +1,7 @@
 """QNLI's rows: question, sentence, whether the sentence answers it; read, tokenized, cut into batches."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,22 +61,28 @@ def tsv(rows: Iterable[Iterable]) -> bytes:
     return "".join("\t".join(re.sub(r"[\t\r\n]", " ", str(field)) for field in row) + "\n" for row in rows).encode()
 
 
-def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS) -> tuple[list[Pair], list[Pair]]:
-    """Training and dev rows of `glue`, or of a folder with train.tsv and dev.tsv (or .csv, or .parquet)."""
+def load(source: str, columns: tuple = Pair._fields, labels: tuple = LABELS, seed: int = 0,
+         count: int | None = None) -> tuple[list[Pair], list[Pair], str]:
+    """Of `glue`, or a folder with train.tsv and dev.tsv (or .csv, or .parquet): so many training rows (None: all) in an order
+    drawn by the seed, the dev rows, and a sum that tells both from others."""
     if (folder := Path(source).expanduser()).is_dir():
         kind = next((kind for kind in (".csv", ".parquet") if (folder / f"train{kind}").is_file()), ".tsv")
-        return tuple(read(folder / f"{split}{kind}", columns, labels) for split in ("train", "dev"))
-    if source != "glue":
+        train, dev = (read(folder / f"{split}{kind}", columns, labels) for split in ("train", "dev"))
+    elif source != "glue":
         raise ValueError(f"data {source!r}: no such folder; give one with train.tsv and dev.tsv, or glue")
-    try:
-        import datasets  # here: it takes a second, and only this source needs it
-        splits = datasets.load_dataset("nyu-mll/glue", "qnli")
-    except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
-        why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"
-        raise ValueError(f"data glue: {why}. With no network give --data FOLDER with GLUE's train.tsv and dev.tsv") from error
-    names = splits["train"].features["label"].names  # by name: another copy of GLUE may number them otherwise
-    return tuple([Pair(row["question"], row["sentence"], labels.index(names[row["label"]])) for row in splits[split]]
-                 for split in ("train", "validation"))
+    else:
+        try:
+            import datasets  # here: it takes a second, and only this source needs it
+            splits = datasets.load_dataset("nyu-mll/glue", "qnli")
+        except Exception as error:  # the hub's client lets errors of a dozen types through, most with many lines
+            why = f"the hub did not give nyu-mll/glue ({f'{type(error).__name__}: {error}'.strip().splitlines()[0][:120]})"
+            raise ValueError(f"data glue: {why}. With no network give --data FOLDER with GLUE's train.tsv and dev.tsv") from error
+        names = splits["train"].features["label"].names  # by name: another copy of GLUE may number them otherwise
+        train, dev = ([Pair(row["question"], row["sentence"], labels.index(names[row["label"]])) for row in splits[split]]
+                      for split in ("train", "validation"))
+    used = [train[n] for n in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()[:count]]
+    print(f"{source}: {len(used):,} of {len(train):,} training rows, {len(dev):,} dev rows", flush=True)
+    return used, dev, hashlib.sha256(json.dumps([used, dev]).encode()).hexdigest()[:16]
 
 
 class Rows:

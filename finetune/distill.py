@@ -12,12 +12,11 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, BatchEncoding, get_scheduler
 
 from finetune.data import LABELS, Rows
-from pretrain.encoder import ATTENTION, longest_row, model_config, opened
+from pretrain.encoder import ATTENTION, model_config, opened
 from pretrain.objective import TERMS, distil, weighted
 from pretrain.plan import fastest_dtype
 from pretrain.student import Student
 from shards.block import chance, written_whole
-from shards.tokenizer import auto_tokenizer, fingerprint
 
 BATCH = 128  # rows of an evaluation's batch; changes no figure
 
@@ -32,22 +31,17 @@ def output_names(config, labels: tuple = LABELS) -> list[str] | None:
     return [] if unnamed else [labels[known.index(name)] for name in names]
 
 
-def reorder(model: nn.Module, order: list[int]) -> None:
-    """Let output n be what output order[n] was."""
-    head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(order)][-1]
-    head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
-
-
-def open_classifier(name: str | Path, seed: int, device: torch.device, labels: tuple = LABELS) -> nn.Module:
-    """A classifier in eval mode, its outputs in the labels' order (unnamed: as they are); what is missing is drawn."""
+def open_classifier(name: str | Path, seed: int, device: torch.device, labels: tuple = LABELS, swap: bool = False) -> nn.Module:
+    """A classifier in eval mode, outputs in the labels' order (unnamed: as they are, or swapped); what is missing is drawn."""
     names = output_names(model_config(str(name)), labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # a head of another task's size is drawn too; every other tensor's size follows from the config
         model = opened(AutoModelForSequenceClassification, str(name), may_lack=True, attn_implementation=ATTENTION,
                        id2label=dict(enumerate(labels)), label2id=dict(map(reversed, enumerate(labels))), dtype=torch.float32,
                        problem_type="single_label_classification", ignore_mismatched_sizes=names is None)
-    if names:
-        reorder(model, [names.index(label) for label in labels])
+    if order := [names.index(label) for label in labels] if names else [1, 0] * swap:
+        head = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == len(labels)][-1]
+        head.weight.data, head.bias.data = head.weight.data[order], head.bias.data[order]
     return model.to(device).eval()
 
 
@@ -58,24 +52,10 @@ def with_projection(model: nn.Module, name: str, teacher_width: int, seed: int) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = Student(model, teacher_width, "0.weight" in stored).to(model.device).eval()
-    theirs, ours = ({name: x.shape for name, x in given.items()} for given in (stored, student.projection.state_dict()))
-    if stored and theirs == ours:
+    if stored and {n: x.shape for n, x in stored.items()} == {n: x.shape for n, x in student.projection.state_dict().items()}:
         student.projection.load_state_dict(stored)
         print("  projection to the teacher's width: from general distillation")
     return student
-
-
-def check_two(student: str, teacher: str, length: int) -> None:
-    """ValueError, one line, where this student cannot learn from this teacher on rows of this length."""
-    s, t = model_config(student), model_config(teacher)
-    if t.num_attention_heads != s.num_attention_heads:
-        raise ValueError(f"teacher {teacher} has {t.num_attention_heads} attention heads, student {student} has "
-                         f"{s.num_attention_heads}: their scores cannot be compared; give models with as many heads")
-    if fingerprint(auto_tokenizer(teacher)) != fingerprint(auto_tokenizer(student)):
-        raise ValueError(f"teacher {teacher} and student {student} have different vocabularies; give a student made "
-                         "with this teacher's tokenizer, or the teacher it was made from")
-    if length > (longest := min(longest_row(t), longest_row(s))):
-        raise ValueError(f"length={length}: these models read at most {longest} tokens; write length={longest}")
 
 
 def logits(model: nn.Module, batch: BatchEncoding) -> Tensor:
@@ -98,6 +78,12 @@ def each_row(function: Callable[[BatchEncoding], Tensor], rows: Rows, device: to
     return values[numbers.argsort()]
 
 
+def judged(model: nn.Module, rows: Rows, loss: Callable[[BatchEncoding], Tensor] | None = None) -> float:
+    """The share of rows that a classifier is right about, or the mean of a loss; computed as training computes."""
+    right = loss or (lambda batch: logits(model, batch).argmax(-1) == batch.labels)
+    return each_row(right, rows, model.device, low=True).double().mean().item()
+
+
 def imitation(weights: dict, teacher: Student | None, layers: list, settings, student: Student, batch: BatchEncoding) -> Tensor:
     """The weighted sum of pretrain's layer terms, `soft` predictions and `hard` labels, in one pass of each model -> (B,)."""
     kinds, said, traces = {kind: weights[kind] for kind in TERMS if weights.get(kind)}, [], []
@@ -113,15 +99,6 @@ def imitation(weights: dict, teacher: Student | None, layers: list, settings, st
                 nn.functional.kl_div(s_BC, t_BC, log_target=True, reduction="none").sum(-1))  # KL(teacher || student), no T^2
         loss = loss + weights.get("soft", 0.0) * soft
     return loss + weighted(distil(*traces, real, layers, kinds), kinds) if kinds else loss
-
-
-def keep(state: Path, *parts) -> None:
-    """What a training goes on from, whole or not at all; the first rank's.  OSError where it cannot be written."""
-    try:
-        with written_whole(state) as file:
-            torch.save(parts, file)
-    except RuntimeError as error:  # torch has one for a full disk
-        raise OSError(f"{state} cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 
 def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, settings, stage: str, seed: int,
@@ -176,6 +153,7 @@ def fit(model: nn.Module, loss: Callable[[BatchEncoding], Tensor], rows: Rows, s
             if stage != "layers" and curve[-1] is best(curve, key=lambda line: line[figure]):
                 kept = {name: value.clone() for name, value in model.state_dict().items()}
             if rank == 0:
-                keep(state, *(one.state_dict() for one in (model, optimizer, rate)), curve, kept)
+                with written_whole(state) as file:
+                    torch.save((*(one.state_dict() for one in (model, optimizer, rate)), curve, kept), file)
     model.load_state_dict(kept or model.state_dict())
     return curve

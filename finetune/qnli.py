@@ -72,7 +72,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="glue", help="glue, or a folder with train.tsv and dev.tsv (or .csv, .parquet)")
     parser.add_argument("--columns", default="question,sentence,label", help="of the data: one or two texts, then the label")
     parser.add_argument("--labels", default="entailment,not_entailment", help="of the data, in the order of the outputs")
-    parser.add_argument("--out", default="runs/qnli", help="gets a folder a stage (student/ is the last), report.md, report.json")
+    parser.add_argument("--out", default="runs/qnli", help="gets a folder a stage (student/ is last), report.html, .md, .json")
     parser.add_argument("--stages", help=f"run some of {','.join(METHODS['tinybert'])} alone; what they read must be there")
     parser.add_argument("--mlm", help="masked LM with its head, for augment=N: a word becomes one that it finds likely")
     parser.add_argument("--glove", metavar="FILE", help="words and vectors, for all other words; else the teacher's embeddings")
@@ -92,16 +92,17 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"seeds {given.seeds}: write 1 or more")
         settings = override(Settings(**JOINT if "method=joint" in given.settings else {}), given.settings)
         from finetune.stages import Run, met, several
-        print(several(given, settings) if given.seeds > 1 else Run(given, settings).run())
+        print(several(given, settings) if given.seeds > 1 else met().together(lambda: Run(given, settings)).run())
         met().leave()
         return 0
     except ValueError as error:  # where ranks have met they all have the same
         said = "" if rank != "0" and "finetune.stages" in sys.modules else " ".join(str(error).split())
     except Exception as error:
+        why = error.__context__ if isinstance(error, RuntimeError) else error  # torch has one behind a full disk's
         if "by peer" in str(error):  # gloo's words
             said = f"rank {rank} lost another rank; the same command goes on after the last whole epoch"
-        elif isinstance(error, OSError) or "(os error " in str(error):  # the latter: safetensors' and tokenizers' own
-            said = f"--out {given.out}: {error}; make room or mend it, then the same command goes on"
+        elif isinstance(why, OSError) or "(os error " in str(why):  # the latter: safetensors' and tokenizers' own
+            said = f"--out {given.out}: {why}; make room or mend it, then the same command goes on"
         else:
             raise
     except KeyboardInterrupt:

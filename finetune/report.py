@@ -1,5 +1,7 @@
-"""How good and how fast the classifiers are and where they err: measured, and as tables."""
+"""How good and how fast the classifiers are and where they err: measured, as tables, and as a page with plots."""
 
+import html
+import io
 import time
 from functools import partial
 from pathlib import Path
@@ -8,13 +10,16 @@ import numpy as np
 import pandas
 import torch
 from scipy.stats import binomtest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from tabulate import tabulate
 
 from finetune.data import Pair, Rows
 from finetune.distill import each_row, logits, lowered
+from shards.block import write, write_json
 
 SPEED_ROWS = {32: 128, 1: 32}  # of each measured batch size
-ROUNDS = 7  # of timing
+STYLE = "body { font: 15px sans-serif; max-width: 80em; margin: 2em auto } td, th { padding: 0.2em 0.5em; white-space: nowrap }"
 QUESTION = r"\b(who|whom|whose|what|when|where|which|why|how)\b"
 
 
@@ -24,13 +29,13 @@ def speeds(models: dict[str, tuple[torch.nn.Module, Rows]], size: int) -> pandas
     numbers = [*range(min(SPEED_ROWS[size], *(len(rows.labels) for _, rows in models.values())))]
     turns = [(name, model, [rows.batch(numbers[n:n + size]) for n in numbers[::size]]) for name, (model, rows) in models.items()]
     rounds = {name: [] for name in models}
-    for name, model, batches in turns * (1 + ROUNDS):
+    for name, model, batches in turns * 8:
         started = time.perf_counter()
         with lowered(model.device, model.device.type == "cuda"):
             for batch in batches:
                 logits(model, batch.copy().to(model.device)).cpu()
         rounds[name].append(len(numbers) / (time.perf_counter() - started))
-    return pandas.DataFrame(rounds)[1:]  # the first one warms up
+    return pandas.DataFrame(rounds)[1:]  # the first one of eight warms up
 
 
 def figures(models: dict[str, tuple[torch.nn.Module, Rows]], teacher: str | None) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -51,29 +56,26 @@ def figures(models: dict[str, tuple[torch.nn.Module, Rows]], teacher: str | None
     return [*lines.values()], shares
 
 
-def answers(dev: list[Pair], shares: dict[str, torch.Tensor], labels: tuple) -> pandas.DataFrame:
-    """Each dev row with its gold label, each model's and how probable it finds that (rows, labels), and who is right."""
+def answers(dev: list[Pair], shares: dict[str, torch.Tensor], labels: tuple) -> tuple[pandas.DataFrame, dict]:
+    """Each dev row with its gold label, each model's and how probable it finds that, and who is right; and in figures: tables of
+    `errors` by question word, length, overlap, `worst` rows to read, `confusion` (gold, said), `calibration` (sure, right)."""
     table, names = pandas.DataFrame(dev).rename_axis("index").rename(columns={"label": "gold"}), np.array(labels)
     table["gold"] = names[table.gold]
     for name, share in shares.items():
         table[name], table[f"{name}_probability"] = names[share.argmax(-1)], share.amax(-1).double().numpy().round(4)
-    table["right"] = [" and ".join(name for name in shares if row[name] == row["gold"]) or "neither"
-                      for row in table.to_dict("records")]
-    return table
-
-
-def errors(table: pandas.DataFrame, names: list[str]) -> dict:
-    """`errors`: tables of rows and each model's share of errors by question word, length, overlap; `worst`: rows to read."""
+    wrong = table[[*shares]].ne(table.gold, axis=0)
+    table["right"] = [" and ".join(wrong.columns[~row]) or "neither" for row in wrong.to_numpy()]
     words = [column.str.lower().str.findall(r"\w+").map(set) for column in (table.question, table.sentence)]
     shared = pandas.Series([len(one & other) / max(1, len(one)) for one, other in zip(*words, strict=True)])
     groups = {"question word": table.question.str.lower().str.extract(QUESTION)[0].fillna("none"),
               "words": pandas.cut((table.question + " " + table.sentence).str.split().str.len(), [0, 20, 30, 40, 60, np.inf]),
               "share of the question's words in the sentence": pandas.cut(shared, [0, 0.25, 0.5, 0.75, 1], include_lowest=True)}
-    wrong = table[names].ne(table.gold, axis=0).assign(rows=1).groupby
-    rates = [wrong(key.rename(kind), observed=True).agg({"rows": "size"} | dict.fromkeys(names, "mean"))
+    rates = [wrong.assign(rows=1).groupby(key.rename(kind), observed=True).agg({"rows": "size"} | dict.fromkeys(shares, "mean"))
              .reset_index().astype({kind: str}).to_dict("records") for kind, key in groups.items()]
-    worst = table[table.student != table.gold].nlargest(20, "student_probability").reset_index()
-    return {"worst": worst.to_dict("records"), "errors": rates}
+    worst = table[wrong.student].nlargest(20, "student_probability").reset_index().to_dict("records")
+    confusion = confusion_matrix(table.gold, table.student, labels=labels)
+    curves = {name: calibration_curve(~wrong[name], share.amax(-1).numpy(), n_bins=10)[::-1] for name, share in shares.items()}
+    return table, {"errors": rates, "worst": worst, "confusion": confusion, "calibration": curves}
 
 
 def grid(rows: list[dict]) -> str:
@@ -97,13 +99,55 @@ def text(report: dict) -> str:
                **({"of the teacher's": f["of_teacher"], "agrees with it": f["agreement"]} if "agreement" in f else {}),
                **{f"batch {n}": f"{rate:.0f}/s, {f['speed_ratio'][n]:.2f} x" for n, rate in f["rows_per_second"].items()}}
               for f in report["models"]]
-    made = report["stages"].get("augment", {}).get("figures")
-    near = report.get("given", {}).get("glove") or "the teacher's embeddings"
-    words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by {near}; "
-             "{other_label:.1%} labelled otherwise than their originals)").format_map({"near": near} | made) if made else ""
+    new = {"by": report["given"]["glove"] or "the teacher's embeddings"} | report["stages"].get("augment", {}).get("figures", {})
+    words = (" ({rows:,} of them new, with {words_by_mlm:,} words by a masked LM and {words_by_neighbours:,} by {by}; "
+             "{other_label:.1%} labelled otherwise than their originals)").format_map(new) if "rows" in new else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
     worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
              for row in report["worst"]]
     return "\n\n".join(["# QNLI", grid(models), said, "## Shares of errors", *map(grid, report["errors"]),
                         f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])
+
+
+def page(report: dict) -> str:
+    """report.html: report.md's text under plots of accuracy and speed, learning curves, confusion, calibration; asks no host."""
+    import markdown  # here: both take a second, and only this needs them
+    import matplotlib.figure
+
+    models, batch = report["models"], next(iter(report["models"][0]["speed_ratio"]))
+    epochs = {name: record["figures"].get("epochs") or [{}] for name, record in report["stages"].items()}
+    curves = {key: {f"{name}, {key.replace('_', ' ')}": ([line["epoch"] for line in lines], [line[key] for line in lines])
+                    for name, lines in epochs.items() if key in lines[0]} for key in ("dev_accuracy", "loss", "dev_loss")}
+    plots = [("Accuracy against speed", f"rows a second, times those of {models[0]['model']}, batch {batch}",
+              "dev accuracy in its 95 % interval",
+              {f["model"]: ([f["speed_ratio"][batch]] * 3, sorted([f["accuracy"], *f["interval"]])) for f in models}),
+             ("Learning curves: accuracy", "epoch", "dev accuracy", curves["dev_accuracy"]),
+             ("Learning curves: loss", "epoch", "mean over rows", curves["loss"] | curves["dev_loss"]),
+             ("Calibration", "probability of the label it gives", "share of rows where that is right",
+              report["calibration"] | {"as often as it is sure": ([0, 1], [0, 1])})]
+    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none", "text.parse_math": False}):
+        figure = matplotlib.figure.Figure(figsize=(12, 13), layout="constrained")
+        *places, last = figure.subplot_mosaic("aa;bc;de").values()
+        for axes, (title, x, y, lines) in zip(places, plots, strict=True):
+            for label, values in lines.items():
+                axes.plot(*values, "o-", label=label)
+                axes.legend()
+            axes.set(title=title, xlabel=x, ylabel=y)
+            axes.locator_params("x", integer=x == "epoch")
+        ConfusionMatrixDisplay(np.array(report["confusion"]), display_labels=report["given"]["labels"].split(",")).plot(
+            ax=last, cmap="Blues", values_format=",", colorbar=False)
+        last.set(title="Confusion", xlabel="the student says", ylabel="gold")
+        figure.savefig(drawn := io.StringIO(), format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # A row's text is text: no tag, and no link or picture of Markdown, which would have the page ask another host.
+    words = markdown.markdown(html.escape(text(report), quote=False).replace("[", "&#91;"), extensions=["tables"])
+    svg = drawn.getvalue()
+    return f"<!doctype html><meta charset='utf-8'><title>QNLI</title><style>{STYLE}</style>\n{svg[svg.index('<svg'):]}\n{words}\n"
+
+
+def save(out: Path, report: dict) -> str:
+    """OUT/report.html, report.md and report.json, of which the first two are made; gives what is for the terminal."""
+    write(out / "report.html", page(report).encode())
+    write(out / "report.md", (said := text(report)).encode())
+    write_json(out / "report.json", report)
+    return said.partition("\n\n## ")[0]

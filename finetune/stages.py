@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +22,9 @@ from pretrain.ranks import Ranks
 from pretrain.recipe import did_you_mean
 from pretrain.student import Student
 from shards.block import write, write_json
-from shards.tokenizer import auto_tokenizer, plain
+from shards.tokenizer import auto_tokenizer, fingerprint, plain
 
 STATE = "training.pt"  # in a part folder, while its model is trained
-DAY = 86_400  # seconds that ranks wait for the first one, which measures alone
 OURS = ("stage.json", STATE, "README.md")  # beside a model
 
 
@@ -42,14 +40,14 @@ def met() -> Ranks:
     """This process among those that a launcher started, one for each GPU of the node; all but the first are silent."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
-    if (ranks := join(timeout=DAY)).rank:
+    if (ranks := join(timeout=86_400)).rank:  # a day: they wait for the first one where it measures alone
         sys.stdout = open(os.devnull, "w")
     return ranks
 
 
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
     """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError.
-    All ranks work on it, the others in folders that go: the first one's counts."""
+    All ranks work on it, and the first one writes."""
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
     if found and found["files"] == sums(folder) and not (why := differences(found["inputs"], inputs)):
@@ -59,27 +57,20 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
         raise ValueError(f"stages: {folder} cannot be used ({why}); name its stage too, or leave --stages out")
     print(f"{folder.name}: makes {folder}{f', again ({why})' if folder.exists() else ''}", flush=True)
     part = folder.with_name(f"{folder.name}.{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}.part")
-    if met().rank:
-        own, first = tempfile.TemporaryDirectory(), part.absolute()
-        part = Path(own.name)
-        (part / STATE).symlink_to(first / STATE)  # to go on behind the same epoch
-    else:
-        for other in {*folder.parent.glob(f"{folder.name}.*.part")} - {part}:  # of runs that were killed, of other inputs
-            shutil.rmtree(other)
+    if met().rank == 0:
         part.mkdir(parents=True, exist_ok=True)
-        for left in part.glob("*.part"):  # of a run that was killed as it wrote its STATE
-            left.unlink()
+        for left in {*folder.parent.glob(f"{folder.name}.*.part"), *part.glob("*.part")} - {part}:  # of runs that were killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     met().agree(None)  # all have looked before the first one writes
     try:
-        found = {"inputs": inputs, "figures": make(part), "files": sums(part)}
+        figures = make(part)
     except ValueError:  # what was made is refused; a killed run, or one with a full disk, goes on from its STATE
-        shutil.rmtree(part)
+        if met().rank == 0:
+            shutil.rmtree(part)
         raise
-    (part / STATE).unlink(missing_ok=True)
-    write_json(part / "stage.json", found)
-    if met().rank:
-        own.cleanup()
-    else:
+    if met().rank == 0:
+        (part / STATE).unlink(missing_ok=True)
+        write_json(part / "stage.json", {"inputs": inputs, "figures": figures, "files": sums(part)})
         if folder.exists():  # nothing is deleted
             free = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
             print(f"  the old one is now {folder.rename(folder.with_name(f'{folder.name}.{free}'))}")
@@ -90,8 +81,8 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
 
 def several(given, settings) -> str:
     """Every stage for given.seeds seeds from given.seed on, each in OUT/seed-S; OUT/seeds.md gets what all of them reached."""
-    runs = [Run(type(given)(**vars(given) | {"seed": seed, "out": f"{given.out}/seed-{seed}"}), settings)
-            for seed in range(given.seed, given.seed + given.seeds)]
+    runs = met().together(lambda: [Run(type(given)(**vars(given) | {"seed": seed, "out": f"{given.out}/seed-{seed}"}), settings)
+                                   for seed in range(given.seed, given.seed + given.seeds)])
     for run in runs:
         print(run.run(), flush=True)
     if "report" not in run.wanted:
@@ -105,15 +96,12 @@ class Run:
     """What every stage is given, read and checked before a model trains, and how each one fills its folder."""
 
     def __init__(self, given, settings):
-        met().together(partial(self._open, given, settings))  # one rank alone may find fault
-
-    def _open(self, given, settings) -> None:
         self.given, self.settings, self.out, self.seed, self.records = given, settings, Path(given.out), given.seed, {}
         self.columns, self.labels = tuple(given.columns.split(",")), tuple(given.labels.split(","))
         if len(self.columns) not in (2, 3) or len({*self.labels}) < 2:
             raise ValueError(f"columns {given.columns}, labels {given.labels}: write one or two texts' columns and the label's, "
                              "and two labels or more, such as --columns text,label --labels no,yes")
-        if self.out.exists() and not self.out.is_dir():
+        if self.out.is_file():
             raise ValueError(f"out {given.out}: is a file; give a folder")
         self.plan = [name for name in METHODS[settings.method] if name != "augment" or settings.augment]
         self.wanted = given.stages.split(",") if given.stages else self.plan
@@ -128,15 +116,19 @@ class Run:
         for name in given.compare:
             if distill.output_names(model_config(name), self.labels) is None:
                 raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
-        pair = given.student, given.student if settings.method == "gold" else given.teacher
-        distill.check_two(*pair, settings.length)
-        self.layers = layer_map(settings.layer_map, *(model_config(name).num_hidden_layers for name in pair))
-        train, self.dev = data.load(given.data, self.columns, self.labels)
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        self.train = [train[n] for n in order[:settings.rows]]
-        self.data = hashlib.sha256(json.dumps([self.train, self.dev]).encode()).hexdigest()[:16]
-        self.device = met().device
-        print(f"{given.data}: {len(self.train):,} of {len(train):,} training rows, {len(self.dev):,} dev rows", flush=True)
+        student, teacher = given.student, given.student if settings.method == "gold" else given.teacher
+        s, t = model_config(student), model_config(teacher)
+        if t.num_attention_heads != s.num_attention_heads:
+            raise ValueError(f"teacher {teacher} has {t.num_attention_heads} attention heads, student {student} has "
+                             f"{s.num_attention_heads}: their scores cannot be compared; give models with as many heads")
+        if fingerprint(auto_tokenizer(teacher)) != fingerprint(auto_tokenizer(student)):
+            raise ValueError(f"teacher {teacher} and student {student} have different vocabularies; give a student made "
+                             "with this teacher's tokenizer, or the teacher it was made from")
+        if settings.length > (longest := min(longest_row(t), longest_row(s))):
+            raise ValueError(f"length={settings.length}: these models read at most {longest} tokens; write length={longest}")
+        self.layers = layer_map(settings.layer_map, s.num_hidden_layers, t.num_hidden_layers)
+        self.train, self.dev, self.data = data.load(given.data, self.columns, self.labels, self.seed, settings.rows)
+        self.open = partial(distill.open_classifier, seed=self.seed, device=met().device, labels=self.labels)
 
     def run(self) -> str:
         """Every stage that is wanted and not there yet; gives what a person should see in the end."""
@@ -151,10 +143,9 @@ class Run:
         inputs = {"data": self.data, "seed": self.seed, **self.settings.of(name)}
         inputs |= {other: record["files"] for other, record in self.records.items()}
         inputs |= {key: sums(model) for key, model in models.get(name, {"model": given.student}).items() if model}
-        make = self.augment if name == "augment" else partial(self.fit, name)
-        self.records[folder] = stage(self.out / folder, inputs, make if name in self.wanted else None)
-        reached = self.records[folder]["figures"].get("dev_accuracy")
-        if name == "teacher" and reached < (least := self.settings.min_teacher):
+        make = (lambda part: met().first(partial(self.augment, part))) if name == "augment" else partial(self.fit, name)
+        self.records[folder] = record = stage(self.out / folder, inputs, make if name in self.wanted else None)
+        if name == "teacher" and (reached := record["figures"]["dev_accuracy"]) < (least := self.settings.min_teacher):
             raise ValueError(f"teacher {given.teacher}: dev accuracy {reached:.1%} is below min_teacher={least}: a student "
                              "would learn its mistakes; change teacher_epochs= or teacher_lr=, or write min_teacher=0")
         if name == "augment":
@@ -162,34 +153,20 @@ class Run:
 
     def opened(self, name: str) -> tuple:
         """A classifier, one whose outputs have no names tried both ways, and the dev rows in its ids."""
-        model = distill.open_classifier(name, self.seed, self.device, labels=self.labels)
+        model = self.open(name)
         rows = data.Rows(auto_tokenizer(name), self.dev, min(self.settings.length, longest_row(model.config)))
-        unnamed = distill.output_names(model_config(name), self.labels) == []
-        if unnamed and len(self.labels) == 2 and self.accuracy(model, rows) < 0.5:
+        names = distill.output_names(model_config(name), self.labels)
+        if names == [] and len(self.labels) == 2 and distill.judged(model, rows) < 0.5:
             print(f"  {name}: its outputs have no names, and on dev rows LABEL_1 must be {self.labels[0]}: taken so")
-            distill.reorder(model, [1, 0])
+            model = self.open(name, swap=True)
         return model, rows
-
-    def mean(self, rows: data.Rows, function: Callable) -> float:
-        """Of what a function of a batch gives for each row, computed as training computes."""
-        return distill.each_row(function, rows, self.device, low=True).double().mean().item()
-
-    def accuracy(self, model, rows: data.Rows) -> float:
-        """The share of rows that a classifier is right about."""
-        return self.mean(rows, lambda batch: distill.logits(model, batch).argmax(-1) == batch.labels)
-
-    def teacher(self) -> Student:
-        """OUT/teacher as a classifier in eval mode, without gradients."""
-        model = distill.open_classifier(self.out / "teacher", self.seed, self.device, self.labels).requires_grad_(False)
-        check_trace(model)
-        return Student(model, model.config.hidden_size)
 
     def augment(self, part: Path) -> dict:
         """train.tsv: the training rows, then the new ones under the numbers of their origins, labelled by OUT/teacher."""
-        teacher, given, count = self.teacher().encoder, self.given, len(self.train)
+        teacher, given, count = self.open(self.out / "teacher"), self.given, len(self.train)
         origins, new, figures = augment.augmented(self.train, teacher, self.settings, self.seed, given.mlm, given.glove)
         rows = data.Rows(auto_tokenizer(teacher.name_or_path), [*self.train, *new], self.settings.length)
-        said = distill.each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, self.device, low=True).long()
+        said = distill.each_row(lambda batch: distill.logits(teacher, batch).argmax(-1), rows, teacher.device, low=True).long()
         labels = [*rows.labels[:count], *said[count:]]
         lines = [(number, *pair[:len(self.columns) - 1], self.labels[label])
                  for number, pair, label in zip((*range(count), *origins), (*self.train, *new), labels, strict=True)]
@@ -203,41 +180,41 @@ class Run:
         source = str(self.given.teacher if stage == "teacher" else
                      self.out / "layers" if "layers" in self.records else self.given.student)
         model, dev = self.opened(source)
-        train = data.Rows(dev.tokenizer, self.train, settings.length)
+        if stage == "teacher":
+            check_trace(model)
         known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
         terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}
-        teacher = self.teacher() if layered or "soft" in weights else None
-        student = distill.with_projection(model, source, (teacher.encoder if layered else model).config.hidden_size, self.seed)
-        loss = partial(distill.imitation, weights, teacher, self.layers, settings, student)
-        measure = partial(self.mean, dev, loss) if stage == "layers" else partial(self.accuracy, model, dev)
-        curve = [] if known else distill.fit(student, loss, train, settings, stage, self.seed, partial(met().first, measure),
-                                             part / STATE, layered, met().rank, met().world)
-        model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
-        plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
-        if stage == "layers" and (projection := student.projection.state_dict()):
-            save_file(projection, part / "projection.safetensors")
-        return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": self.accuracy(model, dev)})
+        its = self.open(self.out / "teacher") if layered or "soft" in weights else None
+        student = distill.with_projection(model, source, (its if layered else model).config.hidden_size, self.seed)
+        loss = partial(distill.imitation, weights, its and Student(its, its.config.hidden_size), self.layers, settings, student)
+        measure = partial(met().first, partial(distill.judged, model, dev, loss if stage == "layers" else None))
+        curve = [] if known else distill.fit(student, loss, data.Rows(dev.tokenizer, self.train, settings.length), settings,
+                                             stage, self.seed, measure, part / STATE, layered, met().rank, met().world)
+        if met().rank == 0:
+            model.save_pretrained(part)  # transformers leaves the attention's name out of config.json
+            plain(dev.tokenizer).save_pretrained(part)  # with no truncation or padding stored in it
+            if stage == "layers" and (projection := student.projection.state_dict()):
+                save_file(projection, part / "projection.safetensors")
+        return {"epochs": curve} | ({} if stage == "layers" else {"dev_accuracy": measure()})
 
     def report(self) -> str:
-        """OUT/report.json, report.md and errors.tsv; measured again where a model or the rows are others than the report's."""
+        """OUT/report.html, report.md, report.json and errors.tsv; measured again where models or rows are not the report's."""
         path, made_of = self.out / "report.json", {"stages": self.records, "compared": [*map(sums, self.given.compare)]}
         found = json.loads(path.read_text()) if path.exists() else {}
-        if {key: found.get(key) for key in made_of} == made_of:
+        if {key: found.get(key) for key in made_of} == made_of and "confusion" in found:  # older versions wrote none
             print(f"report: {path} is of these models and rows; skipped")
             return report.text(found).partition("\n\n## ")[0]
         print("report: accuracy and speed", flush=True)
-        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if self.device.type == "cuda" else
+        device = (f"{torch.cuda.get_device_name()}, bfloat16 autocast" if met().device.type == "cuda" else
                   f"CPU, {torch.get_num_threads()} thread(s), float32")
         own = {name: f"{name} {Path(getattr(self.given, name)).name}" for name in ("teacher", "student") if name in self.records}
         places = {full: str(self.out / name) for name, full in own.items()} | {Path(n).name: n for n in self.given.compare}
         lines, shares = report.figures({full: self.opened(place) for full, place in places.items()}, own.get("teacher"))
-        answers = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
-        found = {"models": lines, **report.errors(answers, [*own]), "data": self.given.data, "device": device,
+        answers, counted = report.answers(self.dev, {name: shares[full] for name, full in own.items()}, self.labels)
+        found = {"models": lines, **counted, "data": self.given.data, "device": device,
                  "train_rows": len(self.train), "dev_rows": len(self.dev), "seed": self.seed, "settings": vars(self.settings),
                  "given": vars(self.given), **made_of}
         wrong = answers[answers.right != " and ".join(own)].reset_index()
         write(self.out / "errors.tsv", data.tsv([wrong.columns, *wrong.itertuples(index=False)]))
-        write(self.out / "report.md", (text := report.text(found)).encode())
-        write_json(path, found)
-        return text.partition("\n\n## ")[0]
+        return report.save(self.out, found)

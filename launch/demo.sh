@@ -41,7 +41,7 @@ say "4/4 The task: a question about a documented function, and a sentence: does 
 OMP_NUM_THREADS=2 python finetune/qnli.py --teacher "$demo/minilm" --student "$demo/general/students/tiny4-384" \
   --data "$demo/data/qnli" --out "$demo/qnli" rows=2000 length=64 \
   teacher_lr=1e-4 layers_epochs=1 layers_lr=1e-4 predictions_epochs=2 predictions_lr=1e-4
-# What leaves the stage: ONNX files, checked and measured, report.html, the student's card (140 s; one thread, so that
+# What leaves the stage: ONNX files, checked, measured and in the report, the student's card (140 s; one thread, so that
 # other programs disturb the comparison least).
 python launch/handover.py "$demo/qnli"
 

@@ -1,12 +1,9 @@
 """`python launch/handover.py runs/qnli`: what leaves the QNLI stage, made out of what its report.json tells.
 
-student/onnx/model.onnx, checked against torch, and model-int8.onnx, both in the report's table; report.html with four plots;
-student/README.md, the model's card; QNLI.tsv for GLUE's server where the data has a test.tsv.  What is there and whole stays."""
+student/onnx/model.onnx, checked against torch, and model-int8.onnx, both in the report; student/README.md, the model's card;
+QNLI.tsv for GLUE's server where the data has a test.tsv.  What is there and whole stays."""
 
 import argparse
-import hashlib
-import html
-import io
 import json
 import logging
 import sys
@@ -18,7 +15,6 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a script: python puts launch/ on the path, not the repository
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -26,15 +22,13 @@ from finetune import data, report
 from finetune.distill import each_row, logits, open_classifier
 from finetune.stages import stage, sums
 from launch.predict import OnnxClassifier, open_model, predictions, texts
-from pretrain.encoder import longest_row, model_config, opened
-from shards.block import write, write_json
+from pretrain.encoder import longest_row, opened
+from shards.block import write
 from shards.tokenizer import auto_tokenizer
 
-NEEDED = ("markdown", "matplotlib", "onnx", "onnxruntime", "onnxscript")
+NEEDED = ("onnx", "onnxruntime", "onnxscript")
 CPU = torch.device("cpu")
 CLOSE = 1e-4  # the largest difference between ONNX's logits and torch's
-BINS = 10  # of probability
-STYLE = "body { font: 15px sans-serif; max-width: 80em; margin: 2em auto } td, th { padding: 0.2em 0.5em; white-space: nowrap }"
 
 
 def finished(out: Path) -> dict:
@@ -42,8 +36,8 @@ def finished(out: Path) -> dict:
     if not (path := out / "report.json").is_file():
         raise ValueError(f"{out}: no report.json in it; give the --out of a finished python finetune/qnli.py")
     found = json.loads(path.read_text())
-    if "given" not in found:
-        raise ValueError(f"{path}: of an older version; remove it, and python finetune/qnli.py writes it again")
+    if "confusion" not in found:
+        raise ValueError(f"{path}: of an older version; start finetune/qnli.py again, which writes it anew")
     for name in ("teacher", "student"):
         if name in found["stages"] and found["stages"][name]["files"] != sums(out / name):
             raise ValueError(f"{out / name}: a file is missing or changed since report.json; start finetune/qnli.py again")
@@ -52,10 +46,8 @@ def finished(out: Path) -> dict:
 
 def dev_rows(found: dict, source: str, columns: tuple, labels: tuple) -> list[data.Pair]:
     """The dev rows; ValueError where training and dev rows are not those of the run."""
-    train, dev = data.load(source, columns, labels)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(found["seed"])).tolist()
-    used = [train[n] for n in order[:found["settings"]["rows"]]]
-    if hashlib.sha256(json.dumps([used, dev]).encode()).hexdigest()[:16] != found["stages"]["student"]["inputs"]["data"]:
+    _, dev, these = data.load(source, columns, labels, found["seed"], found["settings"]["rows"])
+    if these != found["stages"]["student"]["inputs"]["data"]:
         raise ValueError(f"data {source}: other rows than this run had ({found['data']}); give --data FOLDER with those")
     return dev
 
@@ -87,7 +79,7 @@ def quantize(path: Path, small: Path) -> None:
 
 
 def make(out: Path, found: dict, source: str, columns: tuple, labels: tuple, part: Path) -> dict:
-    """Both ONNX files, checked and measured -> their rows of the table, and what two of the plots show."""
+    """Both ONNX files, checked and measured -> the rows of the table."""
     dev, own = dev_rows(found, source, columns, labels), [name for name in ("teacher", "student") if name in found["stages"]]
     names = dict(zip(own, (line["model"] for line in found["models"]), strict=False))  # they come first in the table
     models = {name: open_classifier(out / name, found["seed"], CPU, labels) for name in own}
@@ -103,68 +95,9 @@ def make(out: Path, found: dict, source: str, columns: tuple, labels: tuple, par
     quantize(path, small := path.with_name("model-int8.onnx"))
     print(f"  {small.name}: {small.stat().st_size / 1e6:.1f} MB of {path.stat().st_size / 1e6:.1f}; now their speed", flush=True)
     compared = {f"{names['student']}, ONNX": exact, f"{names['student']}, ONNX int8": OnnxClassifier(small, count)}
-    lines, shares = report.figures({names[name]: (models[name], rows[name]) for name in own}
-                                   | {name: (model, rows["student"]) for name, model in compared.items()}, names.get("teacher"))
-    gold = rows["student"].labels
-    confusion = torch.zeros(len(labels), len(labels), dtype=torch.long)
-    confusion.index_put_((gold, said_BC.argmax(-1)), torch.ones_like(gold), accumulate=True)
-    return {"models": lines, "gap": gap, "threads": torch.get_num_threads(), "confusion": confusion.tolist(),
-            "calibration": {name: calibration(shares[names[name]], gold) for name in own}}
-
-
-def calibration(share_BC: torch.Tensor, gold_B: torch.Tensor) -> list:
-    """Of answers about as sure: (mean probability, share that is right, how many), in BINS steps of probability."""
-    sure, answer = share_BC.double().max(-1)
-    right, bins = (answer == gold_B).double(), (sure * BINS).long().clamp(max=BINS - 1)
-    return [(sure[bins == n].mean().item(), right[bins == n].mean().item(), (bins == n).sum().item())
-            for n in bins.unique().tolist()]
-
-
-def page(found: dict, made: dict, labels: tuple) -> str:
-    """report.md's text under four plots: accuracy and speed, learning curves, confusion, calibration; no file beside it."""
-    import markdown
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "report", "svg.fonttype": "none", "text.parse_math": False}):
-        figure = Figure(figsize=(12, 9), layout="constrained")
-        speed, curves, confusion, sureness = figure.subplots(2, 2).flat
-        for line in found["models"]:
-            (low, high), share = line["interval"], line["accuracy"]
-            speed.errorbar([*line["speed_ratio"].values()][0], share, [[max(0, share - low)], [max(0, high - share)]], fmt="o",
-                           label=line["model"])
-        first, batch = found["models"][0]["model"], [*report.SPEED_ROWS][0]
-        speed.margins(y=0.7)  # for the legend
-        speed.set(title="Accuracy against speed", xlabel=f"rows a second, times those of {first}, batch {batch}",
-                  ylabel="dev accuracy, 95 % interval")
-        losses = curves.twinx()
-        for name, record in found["stages"].items():
-            epochs = record["figures"].get("epochs", [])
-            for axes, key, style in ((curves, "dev_accuracy", "o-"), (losses, "dev_loss", "ks:")):
-                if known := [line for line in epochs if key in line]:
-                    axes.plot([line["epoch"] for line in known], [line[key] for line in known], style, label=f"{name}, {key}")
-        curves.set(title="Learning curves", xlabel="epoch", ylabel="dev accuracy")
-        curves.xaxis.get_major_locator().set_params(integer=True)
-        losses.set(ylabel="dev loss of the layers")
-        confusion.pcolormesh(range(len(labels)), range(len(labels)), made["confusion"], shading="nearest", cmap="Blues")
-        confusion.invert_yaxis()
-        for (row, column), count in np.ndenumerate(np.array(made["confusion"])):
-            confusion.text(column, row, f"{count:,}", ha="center", va="center", bbox={"color": "white", "alpha": 0.8})
-        confusion.set(title="Confusion", xlabel="the student says", ylabel="gold")
-        confusion.set_xticks(range(len(labels)), labels)
-        confusion.set_yticks(range(len(labels)), labels)
-        for name, bins in made["calibration"].items():
-            sureness.plot([sure for sure, _, _ in bins], [right for _, right, _ in bins], "o-", label=name)
-        sureness.plot([0, 1], [0, 1], ":", color="gray")
-        sureness.set(title="Calibration", xlabel="probability of the label it gives", ylabel="share of rows where that is right")
-        for axes, place in ((speed, "upper left"), (curves, "upper left"), (losses, "lower right"), (sureness, "upper left")):
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(loc=place)
-        figure.savefig(drawn := io.StringIO(), format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    # A row's text is text: no tag, and no link or picture of Markdown, which would have the page ask another host.
-    words = markdown.markdown(html.escape(report.text(found), quote=False).replace("[", "&#91;"), extensions=["tables"])
-    svg = drawn.getvalue()
-    return f"<!doctype html><meta charset='utf-8'><title>QNLI</title><style>{STYLE}</style>\n{svg[svg.index('<svg'):]}\n{words}\n"
+    lines, _ = report.figures({names[name]: (models[name], rows[name]) for name in own}
+                              | {name: (model, rows["student"]) for name, model in compared.items()}, names.get("teacher"))
+    return {"models": lines, "gap": gap, "threads": torch.get_num_threads()}
 
 
 def card(found: dict, columns: tuple, labels: tuple) -> str:
@@ -225,26 +158,23 @@ def merge(found: dict, made: dict, own: int) -> None:
 
 
 def hand_over(given: argparse.Namespace) -> None:
-    """Everything, in the order in which it is needed; report.json last."""
+    """Everything, in the order in which it is needed; the report last."""
     if missing := [name for name in NEEDED if not find_spec(name)]:
         raise ValueError(f"{', '.join(missing)}: not installed; pip install -e '.[export]'")
     found = finished(out := Path(given.out))
-    columns = tuple(found["given"]["columns"].split(","))
-    source, names = given.data or found["data"], model_config(str(out / "student")).id2label
-    labels, records = tuple(names[n] for n in sorted(names)), found["stages"]
+    columns, labels = (tuple(found["given"][key].split(",")) for key in ("columns", "labels"))
+    source, records = given.data or found["data"], found["stages"]
     inputs = {name: records[name]["files"] for name in ("teacher", "student") if name in records}
     made = stage(out / "student" / "onnx", inputs, partial(make, out, found, source, columns, labels))["figures"]
     merge(found, made, len(inputs))
     test = Path(source).expanduser() / "test.tsv"
-    files = {"report.html": page(found, made, labels).encode(), "student/README.md": card(found, columns, labels).encode(),
-             "report.md": report.text(found).encode()}
+    files = {"student/README.md": card(found, columns, labels).encode()}
     if labels == data.LABELS and test.is_file():
         files["QNLI.tsv"] = for_glue(out, test, columns, found["settings"]["length"])
     for name, content in files.items():
         write(out / name, content)
         print(f"wrote {out / name}", flush=True)
-    write_json(out / "report.json", found)
-    print(f"wrote {out / 'report.json'}\n\n{report.text(found).partition(chr(10) * 2 + '## ')[0]}")
+    print(f"wrote {out}/report.html, report.md and report.json, with the ONNX files\n\n{report.save(out, found)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,6 +49,10 @@ def test_reading_the_options_loads_nothing_heavy():
     assert loads("pretrain.general", ("torch", "transformers", "deepspeed", "webdataset", "numpy")) == "[]"
 
 
+def test_the_qnli_stage_loads_no_drawing_before_its_report():
+    assert loads("finetune.stages", ("matplotlib", "markdown")) == "[]"
+
+
 def test_the_reading_stays_short():
     lines = {file: len(file.read_text().splitlines()) for file in PRODUCT}
     assert sum(lines.values()) <= 4_000, f"{sum(lines.values())} lines of product: delete some before adding more"

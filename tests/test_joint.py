@@ -80,7 +80,8 @@ def test_a_joint_run_makes_the_student_in_one_stage(place, capsys, tokenizer_fol
     save_model(place / "other", tokenizer_folder, width=16, layers=2, seed=2)
     out = place / "out"
     assert run(place, out, "method=joint") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["errors.tsv", "report.json", "report.md", "student", "teacher"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "errors.tsv", "report.html", "report.json", "report.md", "student", "teacher"]
     assert not (out / "student" / "projection.safetensors").exists()
     inputs = json.loads((out / "student" / "stage.json").read_text())["inputs"]
     assert {name: inputs[name] for name in WEIGHTS} == WEIGHTS and inputs["temperature"] == 2.0

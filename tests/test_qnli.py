@@ -42,7 +42,7 @@ def done(place):
 
 def test_a_run_leaves_whole_folders_and_a_table(done, place, capsys):
     assert sorted(path.name for path in done.iterdir()) == [
-        "errors.tsv", "layers", "report.json", "report.md", "student", "teacher"]
+        "errors.tsv", "layers", "report.html", "report.json", "report.md", "student", "teacher"]
     written = json.loads((done / "report.json").read_text())
     for line, name in zip(written["models"], ("teacher", "student"), strict=True):
         stored = json.loads((done / name / "tokenizer.json").read_text())
@@ -108,7 +108,8 @@ def test_other_settings_and_damage_make_a_stage_again_and_delete_nothing(done, p
 
 def test_gold_uses_no_teacher(place):
     assert run(place, place / "gold", "method=gold") == 0
-    assert sorted(path.name for path in (place / "gold").iterdir()) == ["errors.tsv", "report.json", "report.md", "student"]
+    assert sorted(path.name for path in (place / "gold").iterdir()) == [
+        "errors.tsv", "report.html", "report.json", "report.md", "student"]
     assert json.loads((place / "gold" / "report.json").read_text())["models"][0].keys().isdisjoint({"of_teacher", "agreement"})
 
 

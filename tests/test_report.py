@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -88,17 +89,21 @@ def test_errors_are_listed_with_what_both_said(done, place):
 def test_rates_count_each_row_once_and_the_worst_rows_are_the_surest_wrong_ones():
     pairs = [Pair("Who is it ?", "It is he .", 0), Pair("is it he ?", "It is he .", 0), Pair("How ?", "x " * 59, 1),
              Pair("When and where was it ?", "no", 1)]
-    shares = {"teacher": torch.tensor([[.9, .1], [.9, .1], [.2, .8], [.4, .6]]),
-              "student": torch.tensor([[.9, .1], [.3, .7], [.8, .2], [.4, .6]])}
-    table = report.answers(pairs, shares, LABELS)
+    shares = {"teacher": torch.tensor([[.95, .05], [.95, .05], [.15, .85], [.35, .65]]),
+              "student": torch.tensor([[.95, .05], [.25, .75], [.85, .15], [.35, .65]])}
+    table, found = report.answers(pairs, shares, LABELS)
     assert [*table.right] == ["teacher and student", "teacher", "teacher", "teacher and student"]
-    found = report.errors(table, ["teacher", "student"])
     first, words, overlap = ([[*row.values()] for row in rows] for rows in found["errors"])
     assert [*found["errors"][0][0]] == ["question word", "rows", "teacher", "student"]
     assert first == [["how", 1, 0, 1], ["none", 1, 0, 1], ["when", 1, 0, 0], ["who", 1, 0, 0]]
     assert words == [["(0.0, 20.0]", 3, 0, pytest.approx(1 / 3)], ["(60.0, inf]", 1, 0, 1]]
     assert [count for _, count, *_ in overlap] == [2, 1, 1]  # 0 and 0; 2 of 3; 3 of 3
     assert [row["index"] for row in found["worst"]] == [2, 1] and found["worst"][0]["gold"] == "not_entailment"
+    assert found["confusion"].tolist() == [[1, 1], [1, 1]]  # of two rows of each label the student is right about one
+    sure, right = found["calibration"]["teacher"]
+    assert sure == pytest.approx([0.65, 0.85, 0.95], abs=1e-6) and right.tolist() == [1, 1, 1]
+    sure, right = found["calibration"]["student"]
+    assert sure == pytest.approx([0.65, 0.75, 0.85, 0.95], abs=1e-6) and right.tolist() == [1, 0, 0, 1]
 
 
 def test_the_report_has_the_sections_and_the_terminal_the_table_alone(done, place, capsys):
@@ -110,6 +115,36 @@ def test_the_report_has_the_sections_and_the_terminal_the_table_alone(done, plac
     assert "| other " in shown and "## " not in shown and "report.json is of these models and rows; skipped" in shown
     assert run(place, done) == 0  # other models: measured again
     assert "report: accuracy and speed" in capsys.readouterr().out and len(read(done)["models"]) == 2
+
+
+def test_plots_show_counts_of_the_dev_rows(done, place):
+    found = read(done)
+    for name in ("teacher", "student"):
+        shares, gold = said(done, place, name)
+        probability, label = (values.numpy() for values in shares.max(-1))
+        tenths = [[n for n in range(20) if int(10 * probability[n]) == tenth] for tenth in range(5, 11)]
+        bins = [rows for rows in tenths if rows]
+        sure, right = found["calibration"][name]
+        assert sure == pytest.approx([probability[rows].mean() for rows in bins], abs=1e-6)
+        assert right == [(label[rows] == gold.numpy()[rows]).mean() for rows in bins]
+    assert found["confusion"] == [[sum((label == n) & (gold.numpy() == g)) for n in (0, 1)] for g in (0, 1)]
+
+
+def test_the_page_is_made_of_the_json_alone(done, place):
+    assert (done / "report.html").read_text() == report.page(read(done))
+    titles = ("Accuracy against speed", "Learning curves: accuracy", "Learning curves: loss", "Confusion", "Calibration")
+    shown = ("teacher, dev accuracy", "layers, dev loss", "student, loss", *titles, *LABELS)
+    assert [words for words in shown if f">{words}<" not in report.page(read(done))] == []
+
+
+def test_a_report_of_an_older_version_is_measured_again(done, place, tmp_path, capsys):
+    shutil.copytree(done, out := tmp_path / "out")
+    old = {key: value for key, value in read(out).items() if key not in ("confusion", "calibration")}
+    (out / "report.json").write_text(json.dumps(old))
+    (out / "report.html").unlink()
+    assert run(place, out, "--compare", str(place / "other")) == 0
+    assert capsys.readouterr().out.count("skipped") == 3  # the stages
+    assert {*read(out)} == {*read(done)} and (out / "report.html").read_text() == report.page(read(out))
 
 
 def test_models_of_another_vocabulary_and_without_names_are_measured_too(place, tmp_path, tokenizer_folder):

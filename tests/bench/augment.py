@@ -51,7 +51,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = open_mlm(given.mlm).to("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = load(given.data)[0][:given.rows]
+    pairs = load(given.data, count=given.rows)[0]
     asked = [place for pair in pairs for words in places(pair, []) for place in words]
     ways = {"batched": lambda: likely(model, set(asked), K),
             "one at a time": lambda: one_at_a_time(model, given.mlm, asked)}
