@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
 from multiprocessing import get_context
@@ -45,21 +44,19 @@ def _make(store: Path, result: Path, make: Callable, file: Path, *how, wait: boo
             return make(file, *how) or True
 
 
-def _until(store: Path, result: Path, pool, ahead: int, attempt: Callable[[], tuple]) -> None:
-    """Return when `result` is there.  An attempt is a bar and its step, what makes a file, tasks of it, what makes the result."""
-    while not result.exists():
-        (bar, step, make, tasks, finish), files, waiting = attempt(), [], deque()
-        with bar:
-            for task in takewhile(lambda _: not result.exists(), tasks):
-                files.append(task[0])
-                if not task[0].exists():
-                    waiting.append(pool.submit(_make, store, result, make, *task))
-                if len(waiting) >= ahead:
-                    step(waiting.popleft().result())
-            for future in waiting:
-                step(future.result())
-        if not any(_make(store, result, bool, file, wait=True) for file in files if not file.exists()):  # bool: was it made?
-            _make(store, result, finish, result, files, wait=True)
+def _attempt(store: Path, pool, ahead: int, result: Path, bar: tqdm, step, make, tasks, finish) -> None:
+    """Make the file that each task begins with, then, unless a process that was at one died, the result of all."""
+    files, waiting = [], deque()
+    with bar:
+        for task in takewhile(lambda _: not result.exists(), tasks):
+            files.append(task[0])
+            waiting.append(pool.submit(_make, store, result, make, *task))
+            if len(waiting) >= ahead:
+                step(waiting.popleft().result())
+        for future in waiting:
+            step(future.result())
+    if not any(_make(store, result, bool, file, wait=True) for file in files if not file.exists()):  # bool: was it made?
+        _make(store, result, finish, result, files, wait=True)
 
 
 def _make_shard(entry: Path, first: int, last: int) -> None:
@@ -70,24 +67,23 @@ def _make_shard(entry: Path, first: int, last: int) -> None:
     draws = [block.chance(settings.seed, stream, int(number)) for stream in stored.DRAWS[kind]]
     blocks = pairs.make_blocks(store, first, last, vocabulary, settings, *draws, counts)
     shard = block.write_shard(entry.parent.with_name(f"{entry.stem}.tar"), blocks)
-    block.write_json(entry, [asdict(shard), counts if kind == "train" else {}])
+    block.write_json(entry, [vars(shard), counts if kind == "train" else {}])
 
 
-def _tokenize(store: Path, settings, vocabulary: Vocabulary, sources: list[Source], skip: bool) -> tuple:
-    """An attempt at the plan: read all sources, tokenize them in pieces, join these."""
-    tally, sizes = Tally(skip), [source.bytes for source in sources]
-    bar = tqdm(desc="tokenize", total=None if None in sizes else sum(sizes), unit="B", unit_scale=True, disable=None)
-    pieces = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
-    finish = partial(stored.join, settings, tally, vocabulary.size)
-    return bar, lambda _: bar.update(tally.read - bar.n), stored.make_piece, pieces, finish
-
-
-def _draw(store: Path, settings, vocabulary: Vocabulary) -> tuple:
-    """An attempt at the manifest: draw the rows of all shards, list these."""
-    counts, shards = json.loads((store / "joined/plan.json").read_text())
+def _work(attempt: Callable, store: Path, settings, vocabulary: Vocabulary, sources: list[Source], skip: bool) -> None:
+    """Tokenize all sources in pieces and join these; draw the rows of all shards and list these in the manifest."""
+    planned, manifest, sizes = store / "joined/plan.json", store.with_name("manifest.json"), [source.bytes for source in sources]
+    while not planned.exists():
+        tally, total = Tally(skip), None if None in sizes else sum(sizes)
+        bar = tqdm(desc="tokenize", total=total, unit="B", unit_scale=True, disable=None)
+        pieces = stored.cut_pieces(sources, tally, settings.seed, store / "pieces")
+        finish = partial(stored.join, settings, tally, vocabulary.size)
+        attempt(planned, bar, lambda _: bar.update(tally.read - bar.n), stored.make_piece, pieces, finish)
+    counts, shards = json.loads(planned.read_text())
     tasks = [(store / f"{name}.json", *span) for name, span in shards.items()]
-    bar = tqdm(desc="rows", total=sum(not task[0].exists() for task in tasks), unit="shard", disable=None)
-    return bar, lambda _: bar.update(), _make_shard, tasks, partial(_finish, settings, vocabulary, counts)
+    while not manifest.exists():
+        bar = tqdm(desc="rows", total=len(tasks), unit="shard", disable=None)
+        attempt(manifest, bar, lambda _: bar.update(), _make_shard, tasks, partial(_finish, settings, vocabulary, counts))
 
 
 def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], workers: int, skip: bool) -> None:
@@ -103,8 +99,7 @@ def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], w
         try:
             if not built:
                 with pool(workers, initializer=stored.start_worker, initargs=(vocabulary, settings)) as pool:
-                    _until(store, planned, pool, workers + 2, partial(_tokenize, store, settings, vocabulary, sources, skip))
-                    _until(store, manifest, pool, workers + 2, partial(_draw, store, settings, vocabulary))
+                    _work(partial(_attempt, store, pool, workers + 2), store, settings, vocabulary, sources, skip)
         finally:
             useless = sys.exc_info()[0] is stored.NoPlan
             if useless or manifest.exists() or not planned.exists() and not any(store.glob("pieces/*.npz")):
@@ -117,7 +112,7 @@ def _share(out: Path, settings, vocabulary: Vocabulary, sources: list[Source], w
 def _finish(settings, vocabulary: Vocabulary, counts: dict, manifest: Path, entries: list[Path]) -> None:
     """Write the manifest from what the shards left; its counts are those of the join and, over training rows, these."""
     shards, counted = zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
-    train, held = (tuple(block.Shard(**shard) for shard in shards if shard["name"].startswith(kind)) for kind in stored.DRAWS)
+    train, held = ([shard for shard in shards if shard["name"].startswith(kind)] for kind in stored.DRAWS)
     found = sum(map(Counter, counted), Counter())
     of_one = found["rows"] - found["chunks_of_several"]
     counts |= {
@@ -129,20 +124,19 @@ def _finish(settings, vocabulary: Vocabulary, counts: dict, manifest: Path, entr
     for path in manifest.parent.glob("*.part"):  # of killed workers
         path.unlink(missing_ok=True)
     flags = (vocabulary.special + 2 * vocabulary.begins_word + 4 * vocabulary.may_replace).astype(np.uint8)
-    block.write_json(manifest, asdict(block.Manifest(
+    block.write_json(manifest, dict(
         format=block.FORMAT, tokenizer=vocabulary.stated(), settings=vars(settings), row_length=settings.row_length,
         mask_sets=settings.mask_sets, rows=found["rows"], tokens=found["tokens"], shards=train, held_out=held,
-        counts=counts, vocabulary=block.write(manifest.with_name("vocabulary.npy"), block.npy(flags)))))
+        counts=counts, vocabulary=block.write(manifest.with_name("vocabulary.npy"), block.npy(flags))))
 
 
 def _is_built(out: Path, settings) -> bool:
     """Whether OUT holds these very shards.  ValueError where it holds others, built or begun."""
     started, built = (begun := out / ".store/settings.json").exists(), (out / "manifest.json").exists()  # a store goes later
-    if not started and not built:
-        if any(out.glob("train-*.tar")):
-            raise ValueError(f"--out {out}: holds shards without a manifest; remove them, or give another folder")
-        return False
-    here, there = vars(settings), block.read_manifest(out).settings if built else json.loads(begun.read_text())
+    if not started and not built and any(out.glob("train-*.tar")):
+        raise ValueError(f"--out {out}: holds shards without a manifest; remove them, or give another folder")
+    here = vars(settings)
+    there = block.read_manifest(out).settings if built else json.loads(begun.read_text()) if started else here
     if differ := [f"{name}: {there.get(name)} there, {here[name]} here" for name in here if there.get(name) != here[name]]:
         raise ValueError(f"--out {out}: holds shards of other settings ({'; '.join(differ)}); remove "
                          f"{'them' if built else begun.parent}, give those settings, or another folder")
@@ -173,10 +167,10 @@ def build(names: list[str], tokenizer: str, out: Path, *, workers: int, on_error
     return block.read_manifest(out)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shards.build", description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda text: parser.exit(2, f"error: {text}\n")  # one line, without the usage
+    parser.error = lambda text: parser.exit(2, f"error: {' '.join(text.split())}\n")  # one line, without the usage
     add = parser.add_argument
     add("names", nargs="+", metavar="SOURCE[=WEIGHT]", help="text, JSON lines, Parquet, globs, folders, WikiText, ...")
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="what transformers.AutoTokenizer opens, or a .model file")
@@ -197,18 +191,15 @@ def main(argv: list[str] | None = None) -> int:
     del settings["local_rank"]
     try:
         print(summary(settings["out"], build(**settings)))
-        return 0
     except ValueError as error:
-        said = str(error)
+        parser.error(str(error))
     except OSError as error:
-        said = f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on"
+        parser.error(f"--out {settings['out']}: {error}; make room or mend it, then the same command goes on")
     except BrokenExecutor:
-        said = "a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers"
+        parser.error("a worker was killed (out of memory?); the same command goes on, perhaps with fewer --workers")
     except KeyboardInterrupt:
-        said = "stopped; the same command goes on"
-    print("error:", " ".join(said.split()), file=sys.stderr)
-    return 2
+        parser.error("stopped; the same command goes on")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,6 @@
 """What shards hold, for a person: `python -m shards.look --help`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ def show_row(folder: Path, manifest: Manifest, place: str, tokenizer: str | None
                       *(f"{name:8}{opened.backend_tokenizer.decode(part.tolist(), False)}" for name, part in shown.items())])
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shards.look", description="What shards hold, for a person.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--verify", action="store_true", help="check the sum and rows of every shard; exit 1 where one is wrong")
@@ -63,10 +62,8 @@ def main(argv: list[str] | None = None) -> int:
                 read_shard(options.folder, shard)
             print(f"OK: {len(manifest.shards) + len(manifest.held_out)} shards are as the manifest says")
     except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        return 1
-    return 0
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -74,9 +74,8 @@ def _of_path(name: str) -> tuple[str, list[tuple[Path]]]:
     named = None if Path(name).expanduser().exists() else re.fullmatch(r"(.+):([^:/*]+)", name)
     place, column = named.groups() if named else (name, "text")
     path = Path(place).expanduser()
-    found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-    if path.is_dir():
-        found = [inside for inside in path.rglob("*") if _suffix(inside) in TEXT + JSON + PARQUET]
+    inside = [file for file in path.rglob("*") if _suffix(file) in TEXT + JSON + PARQUET]  # none in what is no folder
+    found = inside or ([path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)))
     if not (files := sorted(filter(Path.is_file, found))):
         raise ValueError(f"source {name}: no such file or match, or a folder without text; write PATH[:COLUMN] of text, JSON "
                          "lines, Parquet (.gz, .zst, .bz2), wikitext:CONFIG, bookcorpus, bookcorpusopen, hf:NAME[:CONFIG]:COLUMN")

@@ -115,9 +115,8 @@ def held_out_documents(there: np.ndarray, share: float, seed: int) -> np.ndarray
 
 def _ranges(tokens: np.ndarray, shards: int) -> list[tuple[int, int]]:
     """Contiguous ranges of documents of about equal tokens; fewer where documents are larger than a share."""
-    there = np.flatnonzero(tokens)
-    ends = np.cumsum(tokens[there])
-    last = there[np.searchsorted(ends, [int(ends[-1]) * n // shards for n in range(1, shards + 1)])]
+    ends = np.cumsum(tokens)
+    last = np.searchsorted(ends, [max(1, int(ends[-1]) * n // shards) for n in range(1, shards + 1)])
     return list(pairwise(np.unique([0, *(last + 1)]).tolist()))
 
 
@@ -155,10 +154,9 @@ def join(settings, tally: Tally, vocab_size: int, planned: Path, pieces: list[Pa
                 end += len(piece["ids"])
     table = np.concatenate(tables)  # in all some 60 bytes of memory a document
     if settings.dedup:
-        again = np.ones(len(table), bool)
-        again[np.unique(table["hash"], return_index=True)[1]] = False  # the first of each stays
+        again = np.delete(np.arange(len(table)), np.unique(table["hash"], return_index=True)[1])  # the first of each stays
         table["copies"][again] = 0  # a duplicate has none
-        counts["dropped_duplicate"] = np.count_nonzero(again)
+        counts["dropped_duplicate"] = len(again)
     kept = table["copies"] > 0
     held = held_out_documents(kept, settings.held_out, settings.seed)
     copies = table["copies"] * ~held

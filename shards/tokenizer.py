@@ -102,9 +102,8 @@ def auto_tokenizer(name: str):
         if bare:  # the roles that have no piece get the ids after the last one
             tokenizer = SentencePieceBackend(vocab_file=str(stored[0]))
             known, model = tokenizer.get_vocab(), tokenizer.sp_model
-            roles = {role: f"<{role}>" if f"<{role}>" in known else f"[{role.upper()}]" for role in ROLES}
-            roles = {"unk": model.id_to_piece(model.unk_id())} | roles
-            tokenizer.add_special_tokens({f"{role}_token": token for role, token in roles.items()})
+            roles = {f"{role}_token": f"<{role}>" if f"<{role}>" in known else f"[{role.upper()}]" for role in ROLES}
+            tokenizer.add_special_tokens(roles | {"unk_token": model.id_to_piece(model.unk_id())})
         return plain(tokenizer if tokenizer.is_fast else _fast(tokenizer))
     except Exception as error:  # transformers lets errors of a dozen types through, most with many lines
         reason = str(error).strip().split("\n")[0][:200]

@@ -55,6 +55,14 @@ def generated_documents(count: int = 60, seed: int = 0) -> list[list[str]]:
     return [[sentence() for _ in range(rng.integers(1, 31))] for _ in range(count)]
 
 
+def exit_code(main, words: list[str]) -> int:
+    """Of a command, run in this process."""
+    try:
+        return main(words) or 0
+    except SystemExit as end:
+        return end.code
+
+
 def documents(source: str, sentences: str = "auto") -> Iterator[list[str]]:
     """Documents of a source as lists of sentences, in its order; empty ones are left out."""
     from shards.corpus import Tally

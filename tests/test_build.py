@@ -14,11 +14,12 @@ import pytest
 
 import shards.build
 from shards import block, look
-from shards.build import main
 from shards.pairs import cut_documents, draw_rows
 from shards.store import SHARD_BYTES, Store, held_out_documents, plan
 from shards.tokenizer import open_tokenizer
-from tests.conftest import generated_documents, save_tokenizer
+from tests.conftest import exit_code, generated_documents, save_tokenizer
+
+main, look_at = partial(exit_code, shards.build.main), partial(exit_code, look.main)
 
 
 def build(out, *sources, tokenizer, **options):
@@ -51,7 +52,7 @@ def files(out):
 def test_any_number_of_workers_and_processes_writes_the_same_bytes(built, tmp_path, text_folder, tokenizer_folder):
     """Three workers; two processes at once, ranks of a launcher as it happens."""
     words = [str(text_folder), "--tokenizer", str(tokenizer_folder), "--shards=4", "--held-out=0.1", "--row-length=64"]
-    code = "import sys, shards.store, shards.build; shards.store.PIECE_CHARS = 2000; sys.exit(shards.build.main(sys.argv[1:]))"
+    code = "import sys, shards.store, shards.build; shards.store.PIECE_CHARS = 2000; shards.build.main(sys.argv[1:])"
     ranks = [subprocess.Popen([sys.executable, "-c", code, *words, "--workers=1", "--out", str(tmp_path / "ranks"),
                                f"--local_rank={rank}"], env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
              for rank in range(2)]
@@ -185,13 +186,13 @@ def test_no_worker_loads_torch():
     (None, "missing, but the manifest lists it"),
 ])
 def test_look_verifies_and_names_the_bad_shard(built, capsys, damage, says):
-    assert look.main([str(built), "--verify"]) == 0
+    assert look_at([str(built), "--verify"]) == 0
     assert "OK: " in capsys.readouterr().out
     path = built / "train-00002.tar"
     data = path.read_bytes()
     try:
         path.unlink() if damage is None else path.write_bytes(damage(data))
-        assert look.main([str(built), "--verify"]) == 1
+        assert look_at([str(built), "--verify"]) == 1
         error = capsys.readouterr().err
         assert "train-00002.tar" in error and says in error and error.count("\n") == 1
     finally:
@@ -199,7 +200,7 @@ def test_look_verifies_and_names_the_bad_shard(built, capsys, damage, says):
 
 
 def test_look_shows_a_row_as_text(built, capsys, tokenizer_folder, tmp_path):
-    assert look.main([str(built), "--row", "train-00001:3"]) == 0
+    assert look_at([str(built), "--row", "train-00001:3"]) == 0
     shown = capsys.readouterr().out
     text, *sets = ["".join(shown.splitlines()[1:3]), *shown.splitlines()[3:]]
     assert text.count("[SEP]") == 2 and "[MASK]" not in text and ("B follows A" in shown or "random B" in shown)
@@ -207,7 +208,7 @@ def test_look_shows_a_row_as_text(built, capsys, tokenizer_folder, tmp_path):
     other = save_tokenizer(tmp_path, tokenizer_class="PreTrainedTokenizerFast", mask_token="[unused1]")
     for words, says in ((["--row", "train-00001:99999"], "give SHARD:N, such as train-00000:0 to train-00000:"),
                         (["--row", "train-00001:0", "--tokenizer", str(other)], "not the one of these shards")):
-        assert look.main([str(built), *words]) == 1
+        assert look_at([str(built), *words]) == 1
         assert says in capsys.readouterr().err
 
 
@@ -216,7 +217,7 @@ def test_look_finds_rows_far_into_a_large_shard(tmp_path, tokenizer_folder, caps
     (tmp_path / "a.txt").write_text(text)
     manifest = build(tmp_path / "out", tmp_path / "a.txt", tokenizer=tokenizer_folder)
     assert manifest.tokens > 2**16  # lengths are uint16: sums of them must not be
-    assert look.main([str(tmp_path / "out"), "--row", f"train-00000:{manifest.rows - 1}"]) == 0
+    assert look_at([str(tmp_path / "out"), "--row", f"train-00000:{manifest.rows - 1}"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("[CLS]") == 4 and "\nset 0   " in shown
 
@@ -295,10 +296,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, text_folder, tokeniz
     out = tmp_path / "out"
     words = [names.get(word, word) for word in words]
     words = ["--tokenizer", str(tokenizer_folder), "--out", str(out), "--workers=1", *words]
-    try:
-        code = main(words)
-    except SystemExit as exit_:
-        code = exit_.code
+    code = main(words)
     error = capsys.readouterr().err
     assert code == 2 and says in error and error.startswith("error: ") and error.count("\n") == 1
     assert not out.exists()
