@@ -39,8 +39,7 @@ def read(path: Path, columns: tuple = Pair._fields, labels: tuple = LABELS) -> l
         else:
             table = parquet.read_table(path)
         if missing := [column for column in columns if column not in table.column_names]:
-            raise ValueError(f"no column {missing[0]!r}{did_you_mean(missing[0], table.column_names)} (its header has "
-                             f"{', '.join(table.column_names)})")
+            raise ValueError(f"no column {missing[0]!r}{did_you_mean(missing[0], table.column_names)} in {table.column_names}")
         if not table.num_rows:
             raise ValueError("a header and no rows")
         pairs, fields = [], [table[column].cast(pyarrow.string()).fill_null("").to_pylist() for column in columns]

@@ -57,8 +57,7 @@ class Settings:
 
     def of(self, stage: str) -> dict:
         """The settings that a stage's output depends on."""
-        return {name: value for name, value in vars(self).items()
-                if name.startswith(stage) or name in (*COMMON, *STAGE.get(stage, ()))}
+        return {key: value for key, value in vars(self).items() if key.startswith(stage) or key in COMMON + STAGE.get(stage, ())}
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

@@ -104,8 +104,8 @@ def text(report: dict) -> str:
              "{other_label:.1%} labelled otherwise than their originals)").format_map(new) if "rows" in new else ""
     said = (f"Accuracy on {report['dev_rows']:,} dev rows of {report['data']}; {report['train_rows']:,} training rows{words}, "
             f"seed {report['seed']}, method {report['settings']['method']}. Rows a second: medians on {report['device']}.")
-    worst = ["- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})".format_map(row)
-             for row in report["worst"]]
+    row = "- {index}: **{question}** {sentence} (gold {gold}, said {student} with {student_probability:.1%})"
+    worst = [*map(row.format_map, report["worst"])]
     return "\n\n".join(["# QNLI", grid(models), said, "## Shares of errors", *map(grid, report["errors"]),
                         f"## The student's {len(worst)} surest errors", "\n".join(worst), ""])
 

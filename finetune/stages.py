@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from finetune import augment, data, distill, report
-from finetune.qnli import METHODS
+from finetune.qnli import METHODS, Settings
 from pretrain.checkpoint import differences
-from pretrain.encoder import check_trace, longest_row, model_config
+from pretrain.encoder import check_family, longest_row, model_config
 from pretrain.engine import join
 from pretrain.objective import TERMS, layer_map
 from pretrain.ranks import Ranks
@@ -46,11 +46,11 @@ def met() -> Ranks:
 
 
 def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> dict:
-    """A folder's stage.json; where that is not there, whole and of these inputs, `make(part)` fills one; else ValueError.
-    All ranks work on it, and the first one writes."""
+    """A folder's stage.json; one that is not there, whole and of these inputs is filled by all ranks' `make(part)`, if given."""
     why, record = "a file is missing or changed" if folder.exists() else "it is not there", folder / "stage.json"
     found = json.loads(record.read_text()) if record.exists() else {}
-    if found and found["files"] == sums(folder) and not (why := differences(found["inputs"], inputs)):
+    was = {name: vars(Settings()).get(name) for name in inputs} | found.get("inputs", {})  # a newer setting had its default
+    if found and found["files"] == sums(folder) and not (why := differences(was, inputs)):
         print(f"{folder.name}: {folder} is there, whole and from the same inputs; skipped", flush=True)
         return found
     if not make:
@@ -118,6 +118,8 @@ class Run:
                 raise ValueError(f"compare {name}: is no classifier with the labels {given.labels}; give one that is")
         student, teacher = given.student, given.student if settings.method == "gold" else given.teacher
         s, t = model_config(student), model_config(teacher)
+        for name, config in ((student, s), (teacher, t)):
+            check_family(name, config)
         if t.num_attention_heads != s.num_attention_heads:
             raise ValueError(f"teacher {teacher} has {t.num_attention_heads} attention heads, student {student} has "
                              f"{s.num_attention_heads}: their scores cannot be compared; give models with as many heads")
@@ -180,8 +182,6 @@ class Run:
         source = str(self.given.teacher if stage == "teacher" else
                      self.out / "layers" if "layers" in self.records else self.given.student)
         model, dev = self.opened(source)
-        if stage == "teacher":
-            check_trace(model)
         known = stage == "teacher" and distill.output_names(model_config(source), self.labels) is not None
         terms = (*TERMS, "soft", "hard") if stage == "predictions" else TERMS
         weights = {term: getattr(settings, term) for term in terms} if layered else {"soft" if terms != TERMS else "hard": 1.0}

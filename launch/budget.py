@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from pretrain.encoder import ATTENTION, POOLED, model_config, trace
 from pretrain.engine import device_type, offloads, precision
@@ -39,24 +39,27 @@ class Living(TorchDispatchMode):
         return out
 
 
-def one_micro_batch(plan: Plan, rows: int) -> tuple[dict, int, int]:
+def one_micro_batch(plan: Plan, rows: int, length: int) -> tuple[dict, int, int]:
     """The models, the teacher's name being ""; bytes beside their weights at most; floating-point operations."""
     config, recipe = model_config(plan.options.teacher), plan.recipe
-    pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
+    pooler = {"add_pooling_layer": False} if config.model_type in POOLED and not recipe.soft_mlm else {}
+    kind = AutoModelForMaskedLM if recipe.soft_mlm else AutoModel
     with FakeTensorMode(), FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as operations:
-        teacher = AutoModel.from_config(config, attn_implementation=ATTENTION, **pooler).eval().requires_grad_(False)
+        teacher = kind.from_config(config, attn_implementation=ATTENTION, **pooler).eval().requires_grad_(False)
         models = {"": teacher} | {name: build_student(name, shape, teacher, plan.layers[name], "random", recipe)
                                   for name, shape in plan.students.items()}
         for name, model in models.items():
             for parameter in model.parameters():  # Module.to does not take fake ones
                 parameter.data = parameter.data.to(DTYPES[precision(plan.engine) if name else plan.teacher_dtype])
-        ids = torch.zeros(rows, plan.manifest.row_length, dtype=torch.long)
+        ids, words = torch.zeros(rows, length, dtype=torch.long), None
+        if recipe.mlm or recipe.soft_mlm:  # the builds' 15 %
+            words = torch.zeros(3, round(0.15 * rows * length), dtype=torch.long)
         with Living(p for model in models.values() for p in model.parameters()) as living:
             with torch.no_grad():
-                traced = trace(teacher, ids, ids, real := ids == 0)
+                traced = trace(teacher, ids, ids, real := ids == 0, words if recipe.soft_mlm else None)
             for name in plan.students:
-                terms = distil(models[name](ids, ids, real), traced, real, plan.layers[name], recipe.weights,
-                               relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded")
+                terms = distil(models[name](ids, ids, real, words), traced, real, plan.layers[name], recipe.weights,
+                               relation_heads=recipe.relation_heads, padded=recipe.normalize == "padded", words=words)
                 weighted(terms, plan.weights[name]).mean().backward()
                 del terms
         return models, living.most, operations.get_total_flops()
@@ -69,11 +72,14 @@ def budget(given: Namespace) -> str:
         given.engine = given.engine or str(ENGINES / "gpu-bf16.json")
         given.teacher_dtype = "bf16" if given.teacher_dtype == "auto" else given.teacher_dtype
     plan, ranks = Plan(given), given.gpus or 1
-    recipe, engine, length = plan.recipe, plan.engine, plan.manifest.row_length
-    share = Stream(plan.manifest, None, seed=0, batch=recipe.batch, lanes=recipe.lanes, mask="none", world=ranks).mine.size
+    recipe, engine, rows = plan.recipe, plan.engine, plan.manifests.values()
+    share = Stream([*rows][0], None, seed=0, batch=recipe.batch, lanes=recipe.lanes, mask="none", world=ranks).mine.size
     micro, kind = micro_rows(share, engine["train_micro_batch_size_per_gpu"]), precision(engine)
-    models, living, flop = one_micro_batch(plan, micro)
-    counts, work = {n: sum(p.numel() for p in model.parameters()) for n, model in models.items()}, flop * recipe.batch / micro
+    lengths = {manifest.row_length for manifest in rows}
+    seen = {length: one_micro_batch(plan, micro, length) for length in sorted(lengths)}
+    models, living, _ = seen[length := max(lengths)]
+    counts = {n: sum(p.numel() for p in model.parameters()) for n, model in models.items()}
+    work = sum(steps * seen[manifest.row_length][2] for steps, manifest in zip(plan.steps, rows)) * recipe.batch / micro
     own, t = sum(counts.values()) - counts[""], models[""].config
     zero = {"reduce_bucket_size": 5e8, "overlap_comm": False, **engine["zero_optimization"]}
     held = {f"teacher: {counts['']:,} parameters in {plan.teacher_dtype}": counts[""] * DTYPES[plan.teacher_dtype].itemsize,
@@ -86,7 +92,7 @@ def budget(given: Namespace) -> str:
                 zero["reduce_bucket_size"] * (1 + zero["overlap_comm"]))}
     layers = 4 * t.num_hidden_layers + 10 + max(shape.layers for shape in plan.students.values())  # states held, some as copies
     start = 4 * PROJECTED_TOKENS * (t.hidden_size * layers + 4 * t.intermediate_size) + 4 * sum(counts.values())
-    passes, hours = recipe.steps * recipe.batch / plan.manifest.rows, work * recipe.steps / ranks / 3.6e15
+    hours = work / ranks / 3.6e15
     lines = [str(recipe), f"engine {plan.engine_file}: {engine}",
              *(f"student {name}: {counts[name]:,} parameters, {shape}, init={plan.inits[name]}, like teacher layers "
                f"{plan.layers[name]}" for name, shape in plan.students.items()),
@@ -94,8 +100,9 @@ def budget(given: Namespace) -> str:
              "memory of a rank, beside what it holds after its imports:",
              *(f"{size / 1e9:9.3f} GB  {what}" for what, size in held.items()),
              f"{sum(held.values()) / 1e9:9.3f} GB  at most in a step; {start / 1e9:.3f} GB before it for init=projected",
-             f"{recipe.steps:,} steps = {passes:.2f} passes over {plan.manifest.rows:,} rows",
-             f"{work / 1e12:.4g} TFLOP a step at full length, {work * recipe.steps / 1e18:.4g} EFLOP in all"]
+             *(f"{steps:,} steps = {steps * recipe.batch / manifest.rows:.2f} passes over {manifest.rows:,} rows"
+               for steps, manifest in zip(plan.steps, rows)),
+             f"{work / recipe.steps / 1e12:.4g} TFLOP a step at full length, {work / 1e18:.4g} EFLOP in all"]
     if given.tflops:
         lines.append(f"{hours / given.tflops:.4g} hours, {hours * ranks / given.tflops:.4g} GPU-hours at {given.tflops:g} TFLOPS")
     return "\n".join(lines)

@@ -26,8 +26,7 @@ def save(folder: Path, engines: list[Engine], ranks: Ranks, step: int, about: di
     except ValueError as error:
         if ranks.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-        raise ValueError(f"the checkpoint of step {step} was not written: {error}. The last good checkpoint is {last}; the same "
-                         "command goes on from there") from error
+        raise ValueError(f"step {step}: {error}. The last good checkpoint is {last}; the same command goes on") from error
     return tag
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from shards.tokenizer import auto_tokenizer, fingerprint
 
 ATTENTION = "trace"  # the name under which transformers knows `_attend`
 TEACHERS = ("bert", "roberta", "xlm-roberta", "electra", "albert", "distilbert", "modernbert")
+BETWEEN = ("intermediate", "output", "ffn", "mlp")  # modules of a layer that hold no attention
 POOLED = ("bert", "roberta", "xlm-roberta", "albert")  # these would make a pooler, which nothing here reads
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
@@ -49,35 +50,19 @@ AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, _mask)  # without it padding is ignored in silence
 
 
-def windowed(config) -> list[int]:
-    """The layers (from 1) that attend within a window; their scores are compared over all real pairs all the same."""
-    return [n for n, kind in enumerate(getattr(config, "layer_types", None) or (), 1) if kind == "sliding_attention"]
-
-
-def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
-    """Run an encoder on ids (B, L) with segments (B, L); `real` (B, L) is True on tokens, None without padding."""
+def trace(model: nn.Module, ids: Tensor, segments: Tensor, real: Tensor | None, words: Tensor | None = None) -> Trace:
+    """Run an encoder on ids (B, L) with segments (B, L); `real` (B, L) is True on tokens, None without padding.  With `words`
+    (2 or more, P), rows and positions, the head of a masked LM says what stands there, and nowhere else."""
+    def narrowed(_module, _given, out) -> None:
+        out.last_hidden_state = out.last_hidden_state[words[0], words[1]][None]
     extra = {"token_type_ids": segments} if getattr(model.config, "type_vocab_size", 0) >= 2 else {}
-    out = model(input_ids=ids, attention_mask=real, output_hidden_states=True, output_attentions=True, **extra)
+    with nullcontext() if words is None else model.base_model.register_forward_hook(narrowed):
+        out = model(input_ids=ids, attention_mask=real, output_hidden_states=True, output_attentions=True, **extra)
     parts = [part for part in out.attentions or () if isinstance(part, list)]  # a tensor: attention weights
     layers = model.config.num_hidden_layers
     if len(parts) != layers or len(out.hidden_states) != layers + 1:
-        raise ValueError(f"{type(model).__name__}: {len(parts)} of {layers} layers gave their attention, which cannot be traced; "
-                         f"there are {', '.join(TEACHERS)}")
-    return Trace(tuple(out.hidden_states), *zip(*parts, strict=True))
-
-
-@torch.no_grad()
-def check_trace(model: nn.Module) -> None:
-    """Run one small padded batch in eval mode: every layer must be traced, and padding must not reach the real tokens."""
-    ids = torch.arange(10, 18, device=next(model.parameters()).device).remainder(model.config.vocab_size).repeat(2, 1)
-    real = torch.ones_like(ids, dtype=torch.bool)
-    real[1, 5:] = False
-    padded = trace(model, ids, torch.zeros_like(ids), real).hidden[-1][1, :5]
-    alone = trace(model, ids[1:, :5], torch.zeros_like(ids[1:, :5]), None).hidden[-1][0]
-    gap = (padded - alone).abs().max().item()
-    # 2^-5 of the largest value: far above bf16 rounding over some layers, far below what ignored padding does.
-    if gap > alone.abs().max().item() / 32:
-        raise ValueError(f"{type(model).__name__}: padding changes its output by {gap:.3g}; its mask cannot be used here")
+        raise ValueError(f"{type(model).__name__}: attention of {layers - len(parts)} layers cannot be traced; take {TEACHERS}")
+    return Trace(tuple(out.hidden_states), *zip(*parts, strict=True), None if words is None else out.logits[0])
 
 
 def model_config(name: str):
@@ -90,8 +75,14 @@ def model_config(name: str):
         wrong = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(f"model {name!r}: " + (
             f"the folder holds no model that transformers opens ({wrong}); it needs config.json and model.safetensors"
-            if Path(name).is_dir() else f"not a folder here, and the hub did not give it ({wrong}). Give a folder, or fetch it "
-            f"where there is a network: hf download {name} --local-dir FOLDER")) from error
+            if Path(name).is_dir() else f"not a folder here, and the hub did not give it ({wrong}). Give a folder, or on a "
+            f"networked machine: hf download {name} --local-dir FOLDER")) from error
+
+
+def check_family(name: str, config) -> None:
+    """ValueError where a model's attention is not known to be traced, and its padding to be left out: tests hold it of these."""
+    if config.model_type not in TEACHERS:
+        raise ValueError(f"{name!r} is a {config.model_type} model; its attention cannot be traced here; take {TEACHERS}")
 
 
 def longest_row(config) -> int:
@@ -111,9 +102,8 @@ def check_tokenizer(name: str, config, manifest):
     if config.pad_token_id not in (None, built["pad"]):  # RoBERTa counts positions by it
         raise ValueError(f"teacher {name}: its config.json has pad_token_id={config.pad_token_id}, the shards pad with "
                          f"{built['pad']}; write the tokenizer's pad id into config.json")
-    if manifest.row_length > (longest := longest_row(config)):
-        raise ValueError(f"the shards hold rows of up to {manifest.row_length} tokens, the teacher {name} reads {longest}; "
-                         f"build them with --row-length {longest}")
+    if manifest.row_length > (most := longest_row(config)):
+        raise ValueError(f"rows of {manifest.row_length} tokens, teacher {name} reads {most}; build with --row-length {most}")
     return tokenizer
 
 
@@ -129,14 +119,11 @@ def opened(kind, name: str, may_lack: bool = False, **more) -> nn.Module:
     return model
 
 
-def load_teacher(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """A pre-trained encoder in eval mode, without gradients."""
+def load_teacher(name: str, dtype: torch.dtype, device: torch.device, head: bool = False) -> nn.Module:
+    """A pre-trained encoder in eval mode, without gradients; with its masked-LM head where that is asked for."""
     config = model_config(name)
-    if config.model_type not in TEACHERS:
-        raise ValueError(f"teacher {name!r}: is a {config.model_type} model; its attention cannot be traced here (there are "
-                         f"{', '.join(TEACHERS)})")
-    pooler = {"add_pooling_layer": False} if config.model_type in POOLED else {}
-    model = opened(AutoModel, name, config=config, dtype=dtype, attn_implementation=ATTENTION, **pooler)
-    model.eval().requires_grad_(False).to(device)
-    check_trace(model)
-    return model
+    check_family(name, config)
+    pooler = {"add_pooling_layer": False} if config.model_type in POOLED and not head else {}
+    kind = AutoModelForMaskedLM if head else AutoModel
+    model = opened(kind, name, config=config, dtype=dtype, attn_implementation=ATTENTION, **pooler)
+    return model.eval().requires_grad_(False).to(device)

@@ -127,13 +127,12 @@ class Engine:
         self.name, self.recipe, self.ranks = name, recipe, ranks
         groups = [{"params": [p for p in student.parameters() if (p.ndim > 1) == yes],  # no bias and no LayerNorm
                    "weight_decay": recipe.weight_decay * yes} for yes in (True, False)]
-        adam, on_cpu = torch.optim.AdamW, ranks.device.type == "cpu"
-        if offloads(config) and not on_cpu:  # on a CPU torch's own is there: DeepSpeed would have to compile its
+        adam = torch.optim.AdamW
+        if offloads(config) and ranks.device.type == "cuda":  # on a CPU torch's own is there: DeepSpeed would have to compile its
             from deepspeed.ops.adam import DeepSpeedCPUAdam as adam
         optimizer = adam(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps)
-        whole = {**config, "train_batch_size": recipe.batch, "train_micro_batch_size_per_gpu": micro,
-                 "gradient_clipping": recipe.clip, "steps_per_print": 2**31, "checkpoint": {"load_universal": universal},
-                 "zero_force_ds_cpu_optimizer": not on_cpu}
+        whole = dict(config, train_batch_size=recipe.batch, train_micro_batch_size_per_gpu=micro, steps_per_print=2**31,
+                     gradient_clipping=recipe.clip, checkpoint={"load_universal": universal}, zero_force_ds_cpu_optimizer=False)
         self.deepspeed, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=whole)
         self.deepspeed.checkpoint_engine.save = self._write
         self.module = self.deepspeed.module
@@ -146,11 +145,11 @@ class Engine:
             _, state = self.deepspeed.load_checkpoint(str(saved), tag=name)
             self.random = self.random if universal else state["distil"]["random"][ranks.rank]
 
-    def __call__(self, ids: Tensor, segments: Tensor, real: Tensor | None):
+    def __call__(self, *batch: Tensor | None):
         """The student's trace of one micro batch."""
         device = torch.cuda if self.ranks.device.type == "cuda" else torch
         device.set_rng_state(self.random)
-        traced = self.deepspeed(ids, segments, real)
+        traced = self.deepspeed(*batch)
         self.random = device.get_rng_state()
         return traced
 
@@ -214,6 +213,5 @@ def to_universal(tag: Path, students: list[str]) -> Path:
 
 def machine(config: dict, ranks: Ranks) -> dict:
     """What a checkpoint's files depend on besides the recipe; with another it is read through the universal one."""
-    return {"ranks": ranks.world, "zero_stage": config["zero_optimization"]["stage"], "precision": precision(config),
-            "offload": offloads(config), "device": ranks.device.type,
-            "grad_accum_dtype": config.get("data_types", {}).get("grad_accum_dtype")}
+    return {**config.get("data_types", {"grad_accum_dtype": None}), "zero_stage": config["zero_optimization"]["stage"],
+            "precision": precision(config), "offload": offloads(config), "ranks": ranks.world, "device": ranks.device.type}

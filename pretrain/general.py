@@ -59,8 +59,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="deepspeed launch/general.sh", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Distil a small BERT from a big one: its states and attention scores.",
                                      epilog="key=value settings: " + ", ".join(vars(Recipe())) + " (see pretrain/recipe.py)")
-    parser.add_argument("--shards", default="data/shards", help="what python -m shards.build wrote: a folder, "
-                        "http(s)://HOST/FOLDER, or 'pipe:COMMAND {}' with {} for the name of a file")
+    parser.add_argument("--shards", action="append", help="of shards.build: a folder, http(s)://HOST/FOLDER, 'pipe:COMMAND {}' "
+                        "({}: a file's name); several, one after the other: steps=9000,1000; default: data/shards")
     parser.add_argument("--teacher", default="bert-base-uncased", help="model folder or hub name")
     parser.add_argument("--student", action="append", help=f"{', '.join(SHAPES)}, or NAME:layers=3,hidden=288; may be "
                         "given several times (one teacher pass for all); default: tiny4")
@@ -104,8 +104,7 @@ def main(argv: list[str] | None = None, work: Callable | None = None) -> None:
 
 def run(given: argparse.Namespace, stop: StopRequest) -> int:
     """Join the other ranks, check every input, load, go on from the newest good checkpoint, train, export -> exit code."""
-    import torch.distributed as dist  # here: --help answers without torch
-    from pretrain.engine import join
+    from pretrain.engine import join  # here: --help answers without torch
     from pretrain.plan import Plan
     from pretrain.train import Run
     ranks = join(given.timeout, given.verbose)
@@ -114,4 +113,4 @@ def run(given: argparse.Namespace, stop: StopRequest) -> int:
         plan = ranks.together(partial(Plan, given))  # one rank alone may find fault: its host may lack the shards
         return Run(plan, ranks, stop).finish()
     finally:
-        dist.destroy_process_group()  # without it a rank can abort while the others still talk to it
+        ranks.leave()

@@ -41,8 +41,7 @@ class Monitor:
         self.board.add_text("settings", f"```\n{json.dumps(about, indent=2)}\n```")
         for summary in hparams({key: str(value) for key, value in about["settings"].items()}, {_tag("loss"): 0}):
             self.board.file_writer.add_summary(summary)  # SummaryWriter.add_hparams would make a run of its own
-        self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, mininterval=1.0,
-                        delay=0.1)  # the start-up lines stand before it
+        self.bar = tqdm(total=steps, initial=first, unit="step", desc="distil", dynamic_ncols=True, delay=0.1)  # start-up is said
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """One line of figures after `step` updates, if there are any; the same as TensorBoard scalars; the bar moves."""
@@ -102,13 +101,12 @@ class Window:
         gpu = ranks.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
         torch.cuda.synchronize() if gpu else None
-        seconds, spent = time.perf_counter() - self.begin, Counter(data_wait=self.waited)
+        seconds, spent = time.perf_counter() - self.begin, Counter(data_wait=self.waited, matrix_rate=operations * self.tokens)
         for (_, begin), (part, end) in pairwise(self.laps):
             spent[f"time/{part}"] += end - begin if isinstance(end, float) else begin.elapsed_time(end) / 1000
-        shares = {part: taken / seconds for part, taken in spent.items() if part != "time/"} | {
-            "matrix_rate": operations * self.tokens / seconds, "memory_GB": memory / 1e9}
-        return ranks.total({"rows/s": self.rows / seconds, "tokens/s": self.tokens / seconds,
-                            **{name: value / ranks.world for name, value in shares.items()}})
+        del spent["time/"]
+        shares = {name: taken / ranks.world for name, taken in spent.items()} | {"rows/s": self.rows, "tokens/s": self.tokens}
+        return ranks.total({name: value / seconds for name, value in shares.items()} | {"memory_GB": memory / 1e9 / ranks.world})
 
 
 def attention(student: Trace, teacher: Trace, real_BL: Tensor, layers: list) -> Tensor:
@@ -126,5 +124,5 @@ def similarity(student: Trace, teacher: Trace, real_BL: Tensor) -> Tensor:
     s_states, t_states = ([x[real_BL][:TOKENS].float() for x in traced.hidden] for traced in (student, teacher))
     s_states, t_states = ([x - x.mean(0) for x in states] for states in (s_states, t_states))
     s_norms, t_norms = ([(x.mT @ x).norm() for x in states] for states in (s_states, t_states))
-    return 1 - torch.stack([torch.stack([(x.mT @ y).norm()**2 / (a * b) for y, b in zip(t_states, t_norms)])
-                            for x, a in zip(s_states, s_norms)])
+    pairs = [(x.mT @ y).norm()**2 / (a * b) for x, a in zip(s_states, s_norms) for y, b in zip(t_states, t_norms)]
+    return 1 - torch.stack(pairs).unflatten(0, (len(s_states), -1))

@@ -6,7 +6,7 @@ are never built: with Q = [Q_s - Q_t, Q_t] and K = [K_s, K_s - K_t], with Gram m
     Q_s K_s^T - Q_t K_t^T = Q K^T     and     sum (Q K^T)^2 = || Q K^T ||_F^2 = < Q^T Q , K^T K >
 
 A row's loss is a mean over its own real tokens (or pairs of them), so it depends on no padding, micro batch or rank.
-Letters: B rows, L positions, D features, H heads, d features of a head.  s_ is the student's, t_ the teacher's."""
+Letters: B rows, L positions, D features, H heads, d features of a head, P masked words, V ids.  s_: student's, t_: teacher's."""
 
 import re
 from collections.abc import Iterable
@@ -21,6 +21,7 @@ from pretrain.recipe import did_you_mean
 TERMS = ("embedding", "hidden", "attention")  # TinyBERT's
 RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) * 2, "vv": ("values",) * 2}  # MiniLM's
 OF_HEADS = ("attention", *RELATIONS)
+OF_WORDS = ("mlm", "soft_mlm")  # these are of no layer
 TILE = 64  # queries whose relations are computed at once
 
 
@@ -31,6 +32,7 @@ class Trace:
     queries: tuple[Tensor, ...]  # layers of (B, H, L, d), projected, not scaled
     keys: tuple[Tensor, ...]  # layers of (B, H, L, d)
     values: tuple[Tensor, ...]  # layers of (B, H, L, d)
+    logits: Tensor | None = None  # (P, V), where masked words are asked for
 
 
 def score_mse(sq: Tensor, sk: Tensor, tq: Tensor, tk: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
@@ -56,9 +58,8 @@ def _tile_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, co
 
 def relation_kl(sa: Tensor, sb: Tensor, ta: Tensor, tb: Tensor, real_BL: Tensor, counted_BL: Tensor) -> Tensor:
     """MiniLM's loss (arXiv 2002.10957, 2012.15828), a mean over heads and counted queries -> (B,); in tiles: linear in L."""
-    tiles = [slice(at, at + TILE) for at in range(0, sa.shape[2], TILE)]
-    total = sum(checkpoint(_tile_kl, sa[:, :, some], sb, ta[:, :, some], tb, real_BL, counted_BL[:, some], use_reentrant=False)
-                for some in tiles)
+    tiles = zip(*(x.split(TILE, -2) for x in (sa, ta, counted_BL[:, None, :, None])))
+    total = sum(checkpoint(_tile_kl, a, sb, t, tb, real_BL, counts[:, 0, :, 0], use_reentrant=False) for a, t, counts in tiles)
     return total / counted_BL.sum(-1) / sa.shape[1]
 
 
@@ -76,8 +77,7 @@ def layer_map(kind: str, student_layers: int, teacher_layers: int) -> list:
             groups[m] = tuple(range(low, high + 1))
         return list(groups.values())
     if student_layers > teacher_layers:
-        raise ValueError(f"a student of {student_layers} layers is deeper than its teacher of {teacher_layers}; "
-                         f"write layers={teacher_layers} or fewer")
+        raise ValueError(f"a student of {student_layers} layers is deeper than its teacher; write layers={n} or fewer")
     maps = {"uniform": [(2 * m * n + student_layers) // (2 * student_layers) for m in m_all],  # TinyBERT's; rounds half up
             "last": [n - student_layers + m for m in m_all], "first": list(m_all)}
     if kind not in maps:
@@ -92,14 +92,16 @@ def one_layer_each(layers: list, teacher_layers: int) -> list[int]:
 
 
 def named_terms(layers: list, kinds: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """The terms that `distil` gives, in its order, each with its kind and student layer: `embedding`, `hidden/1`, ..."""
-    each = [m for m, layer in enumerate(layers, start=1) if layer != ()]
-    return {f"{kind}/{m}" if m else kind: (kind, m) for kind in kinds for m in ([0] if kind == "embedding" else each)}
+    """The terms that `distil` gives, in its order, each with its kind and student layer: `embedding`, `hidden/1`, ..., `mlm`."""
+    each, of_none = [m for m, layer in enumerate(layers, start=1) if layer != ()], ("embedding", *OF_WORDS)
+    return {f"{kind}/{m}" if m else kind: (kind, m) for kind in kinds for m in ([0] if kind in of_none else each)}
 
 
 def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds: Iterable[str] = TERMS, *,
-           relation_heads: int | None = None, padded: bool = False) -> dict[str, Tensor]:
-    """Every term of the loss for each row -> (B,) float32, by the names of `named_terms`.
+           relation_heads: int | None = None, padded: bool = False, temperature: float = 2.0,
+           words: Tensor | None = None) -> dict[str, Tensor]:
+    """Every term of the loss for each row -> (B,) float32, by the names of `named_terms`; those of words are means over a row's
+    masked words (3, P: row, position, true id), 0 where there is none.
 
     `real_BL` is True on tokens.  With `relation_heads` both models' heads are joined and cut into so many, of any width (arXiv
     2012.15828).  `padded`: means over all positions of the rows as they are padded, as TinyBERT's code takes them."""
@@ -118,7 +120,19 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
         parts = [heads(x, layer, part) for x, layer in ((student, m), (teacher, n)) for part in names]
         return (score_mse if kind == "attention" else relation_kl)(*parts, real_BL, counted_BL)
 
+    def of_words(kind: str) -> Tensor:
+        s_PV, t_PV, at = student.logits.float(), teacher.logits, (words[0], words[1])
+        if kind == "mlm":
+            loss_P = nn.functional.cross_entropy(s_PV, words[2], reduction="none")
+        else:  # KL(teacher || student), times T^2, which keeps the gradient's size (arXiv 1503.02531)
+            log_s, log_t = ((x.float() / temperature).log_softmax(-1) for x in (s_PV, t_PV))
+            loss_P = nn.functional.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1) * temperature**2
+        loss_BL, count_BL = (x.new_zeros(real_BL.shape).index_put(at, x) for x in (loss_P, torch.ones_like(loss_P)))
+        return loss_BL.sum(-1) / count_BL.sum(-1).clamp(min=1)
+
     def term(kind: str, m: int) -> Tensor:
+        if kind in OF_WORDS:
+            return of_words(kind)
         layer = [0, *layers][m]
         group = (layer,) if isinstance(layer, int) else layer
         return sum(pair(kind, m, n) for n in group) / len(group)
@@ -139,4 +153,4 @@ def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, 
     if not factors or len(factors) != count:
         raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
                          f"embeddings' first, such as {','.join(['1'] * count)}")
-    return {name: kinds[kind] * factors[m] for name, (kind, m) in named_terms(layers, kinds).items()}
+    return {name: kinds[kind] * (kind in OF_WORDS or factors[m]) for name, (kind, m) in named_terms(layers, kinds).items()}

@@ -24,16 +24,17 @@ class Plan:
         self.options, self.students = given, dict(shapes)
         if len(self.students) < len(shapes):
             raise ValueError(f"--student {' --student '.join(given.student)}: one is given twice; write each once")
-        self.manifest = read_manifest(given.shards)
-        if not self.manifest.rows:
-            raise ValueError(f"{given.shards}: no training rows; build from more text")
-        for shard in self.manifest.shards + self.manifest.held_out:
-            check_there(given.shards, shard)  # there, in its full length; its sum is checked when it is read
+        self.manifests = {folder: read_manifest(folder) for folder in given.shards or ["data/shards"]}
+        for folder, manifest in self.manifests.items():
+            if not manifest.rows:
+                raise ValueError(f"{folder}: no training rows; build from more text")
+            for shard in manifest.shards + manifest.held_out:
+                check_there(folder, shard)  # there, in its full length; its sum is checked when it is read
         default = ENGINES / (f"gpu-{fastest_dtype()}.json" if device_type() == "cuda" else "cpu.json")
         self.engine_file = Path(given.engine or default)
         self.engine = read_engine_file(self.engine_file, "cuda" if given.gpus else device_type())
         config = model_config(given.teacher)
-        self.tokenizer = check_tokenizer(given.teacher, config, self.manifest)
+        self.tokenizer = [check_tokenizer(given.teacher, config, manifest) for manifest in self.manifests.values()][0]
         heads, common, width = config.num_attention_heads, recipe.relation_heads, config.hidden_size
         self.inits, self.layers, self.weights = {}, {}, {}  # by a student's name
         for name, shape in self.students.items():
@@ -46,7 +47,7 @@ class Plan:
             self.inits[name] = first_weights(name, shape, config, recipe.init)
             self.layers[name] = layer_map(recipe.layer_map, shape.layers, config.num_hidden_layers)
             self.weights[name] = term_weights(self.layers[name], recipe.weights, recipe.layer_weights)
-        self.recipe = recipe.resolved(self.manifest.rows)
+        self.recipe, self.steps = recipe.resolved([manifest.rows for manifest in self.manifests.values()])  # steps of each
         self.teacher_dtype = fastest_dtype() if given.teacher_dtype == "auto" else given.teacher_dtype
 
 

@@ -48,7 +48,7 @@ class Ranks:
         return {name: sum(part.get(name, 0.0) for part in parts) for name in mine}
 
     def leave(self) -> None:
-        """At a good end: without it a rank can abort while the others still talk to it."""
+        """Without it a rank can abort while the others still talk to it."""
         if self.talk:
             dist.destroy_process_group()
 

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
 CHECKED = ConfigDict(extra="forbid", allow_inf_nan=False)  # values by their types, read from text too
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Several = Annotated[str, Field(pattern=r"^[1-9]\d*(,[1-9]\d*)+$")]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -22,7 +23,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 @dataclass(frozen=True, kw_only=True, config=CHECKED)
 class Recipe:
     """The settings of general distillation; `key=value` on the command line changes one."""
-    steps: PositiveInt | None = None  # optimizer steps; None: three passes over the training rows
+    steps: PositiveInt | Several | None = None  # optimizer steps, a number for each --shards: 9000,1000; None: three passes
     batch: PositiveInt = 256  # rows of an optimizer step, over all ranks
     lr: NonNegativeFloat = 1e-4  # at the end of the warm-up; linear to 0 at the last step
     warmup: NonNegativeFloat = 0.1  # a share of the steps; an integer above 1 is steps
@@ -48,11 +49,15 @@ class Recipe:
     qq: NonNegativeFloat = 0.0  # weight of each layer's relations of queries (MiniLMv2)
     kk: NonNegativeFloat = 0.0  # weight of each layer's relations of keys (MiniLMv2)
     vv: NonNegativeFloat = 0.0  # weight of each layer's relations of values (MiniLM, MiniLMv2)
+    mlm: NonNegativeFloat = 0.0  # weight of the masked words' cross-entropy; the student then has a masked-LM head
+    soft_mlm: NonNegativeFloat = 0.0  # weight of the masked words' KL to the teacher's head (DistilBERT)
+    temperature: PositiveFloat = 2.0  # of the latter
     relation_heads: PositiveInt | None = None  # both models' heads joined and cut into so many, for scores and relations
     log_every: PositiveInt = 10  # steps between two logged lines
     save_every: PositiveInt = 500  # steps between two checkpoints; the last step always saves
     keep_every: NonNegativeInt = 0  # checkpoints of every so many steps stay for good; 0: only the newest three
     gradient_checkpointing: bool = False  # students' layers are computed again in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile for what stands in a layer beside attention; needs a C++ compiler
     deterministic: bool = False  # ask torch for deterministic kernels; an operation that has none is an error
     eval_every: PositiveInt = 500  # steps between two looks at the held-out rows; first and last step always
     profile: str = ""  # such as 100:105: torch's trace of steps 100 to 104, of rank 0, goes into OUT/tensorboard
@@ -62,21 +67,26 @@ class Recipe:
             raise ValueError(f"warmup={self.warmup}: a share of the steps (0 to 1), or an integer number of steps")
         if self.profile and not ((found := re.fullmatch(r"([1-9]\d*):(\d+)", self.profile)) and int(found[1]) < int(found[2])):
             raise ValueError(f"profile={self.profile}: write the first step and the one after the last, such as profile=100:105")
+        if (self.mlm or self.soft_mlm) and self.mask == "none":
+            raise ValueError("mlm= and soft_mlm= are of masked words, mask=none leaves none; write mask=precomputed or dynamic")
         if not self.weights:
             raise ValueError("every term's weight is 0: nothing would be learned; write attention=1, for one")
         if self.lanes is not None and self.batch % self.lanes:
-            raise ValueError(f"batch={self.batch} does not divide over lanes={self.lanes}; write a batch that is a "
-                             f"multiple of it, such as batch={max(1, round(self.batch / self.lanes)) * self.lanes}")
+            most = max(1, round(self.batch / self.lanes)) * self.lanes
+            raise ValueError(f"batch={self.batch} does not divide over lanes={self.lanes}; write such as batch={most}")
 
-    def resolved(self, rows: int) -> "Recipe":
-        """With steps and lanes as numbers, for shards of `rows` training rows."""
+    def resolved(self, rows: list[int]) -> tuple["Recipe", list[int]]:
+        """With steps and lanes as numbers, and the steps of each --shards, which have so many training rows."""
         lanes = self.lanes or max(n for n in range(1, min(64, self.batch) + 1) if self.batch % n == 0)
-        return replace(self, steps=self.steps or -(-3 * rows // self.batch), lanes=lanes)
+        steps = [*map(int, str(self.steps).split(","))] if self.steps else [-(-3 * n // self.batch) for n in rows]
+        if len(steps) != len(rows):
+            raise ValueError(f"steps={self.steps}: write a number for each of {len(rows)} --shards, as 9{',1' * len(rows[1:])}")
+        return replace(self, steps=sum(steps), lanes=lanes), steps
 
     def rate(self, step: int) -> float:
         """The learning rate of update `step` (from 0): linear up over the warm-up, linear down to 0 after the last."""
         warm = self.warmup if self.warmup > 1 else round(self.warmup * self.steps)
-        return self.lr * min((step + 1) / max(1, warm), (self.steps - step) / max(1, self.steps - warm))
+        return self.lr * min((step + 1) / max(1, warm), (int(self.steps) - step) / max(1, int(self.steps) - warm))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -84,8 +94,8 @@ class Recipe:
         return {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind)}
 
 
-KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv")  # of terms
-NOT_LEARNED = ("log_every", "save_every", "eval_every", "keep_every", "deterministic", "gradient_checkpointing", "profile")
+KINDS = ("embedding", "hidden", "attention", "cosine", "qk", "qq", "kk", "vv", "mlm", "soft_mlm")  # of terms
+NOT_LEARNED = "log_every save_every eval_every keep_every deterministic compile gradient_checkpointing profile".split()
 
 
 def override(recipe, settings: Iterable[str]):

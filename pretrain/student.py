@@ -2,9 +2,9 @@
 
 `init=projected`: a BERT teacher's embeddings and layers cut to a student's widths and fitted to what it computes on some rows.
 Every state x (D) of the teacher stands as P^T x in the student, P (D, d) being the principal components of all states, turned at
-random so that LayerNorm finds features that are alike.  Heads keep the directions that their scores, or what their values add,
-are made of; the intermediate layer the neurons that add most.  Then each matrix in turn is the ridge regression of its target on
-what the student itself computes up to there, so a layer also makes up for the teacher's layers that were left out before it.
+random so that LayerNorm finds features that are alike.  Heads keep the directions that their scores, or what they add, are made
+of; the intermediate layer the neurons that add most.  Then each matrix in turn is the ridge regression of its target on what the
+student itself computes up to there: a layer also makes up for those of the teacher that were left out before it.
 Letters: B rows, L positions, N tokens, H heads, D and d features of teacher and student, E and e of their heads."""
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from pretrain.checkpoint import sync
 from pretrain.encoder import ATTENTION, trace
@@ -28,7 +28,7 @@ RIDGE = 1e-2  # of the mean variance of what a target is regressed on
 class Student(nn.Module):
     """A small BERT, and a projection to the teacher's width where that is another: one of all hidden states, or one of `each`."""
 
-    def __init__(self, encoder: BertModel, teacher_width: int, each: bool = False):
+    def __init__(self, encoder: nn.Module, teacher_width: int, each: bool = False):
         super().__init__()
         width = encoder.config.hidden_size
         self.encoder, self.projection = encoder, nn.Identity()
@@ -36,9 +36,9 @@ class Student(nn.Module):
             linears = [nn.Linear(width, teacher_width) for _ in range(encoder.config.num_hidden_layers + 1 if each else 1)]
             self.projection = nn.ModuleList(linears) if each else linears[0]
 
-    def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None) -> Trace:
+    def forward(self, ids: Tensor, segments: Tensor, real: Tensor | None, words: Tensor | None = None) -> Trace:
         """The trace with hidden states of the teacher's width."""
-        traced = trace(self.encoder, ids, segments, real)
+        traced = trace(self.encoder, ids, segments, real, words)
         linears = self.projection if isinstance(self.projection, nn.ModuleList) else [self.projection] * len(traced.hidden)
         return replace(traced, hidden=tuple(linear(h) for linear, h in zip(linears, traced.hidden, strict=True)))
 
@@ -71,16 +71,18 @@ def build_student(name: str, shape: Shape, teacher: nn.Module, layers: list, ini
     draw = int.from_bytes(hashlib.sha256(f"{recipe.seed} {name}".encode()).digest()[:8], "big") >> 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw)
-        encoder = BertModel(config, add_pooling_layer=False)
+        encoder = BertForMaskedLM(config) if recipe.mlm or recipe.soft_mlm else BertModel(config, add_pooling_layer=False)
         student = Student(encoder, t.hidden_size, recipe.projection == "each")
         student.projection.apply(student.encoder._init_weights)
         copied = one_layer_each(layers, t.num_hidden_layers)
         if init == "projected":
             project(student.eval().to(teacher.device), teacher, copied, *rows)
     if init == "teacher":
-        encoder.embeddings.load_state_dict(teacher.embeddings.state_dict())
-        for own, n in zip(encoder.encoder.layer, copied, strict=True):
-            own.load_state_dict(teacher.encoder.layer[n - 1].state_dict())
+        encoder.base_model.embeddings.load_state_dict(teacher.base_model.embeddings.state_dict())
+        for own, n in zip(encoder.base_model.encoder.layer, copied, strict=True):
+            own.load_state_dict(teacher.base_model.encoder.layer[n - 1].state_dict())
+        if recipe.soft_mlm:
+            encoder.cls.load_state_dict(teacher.cls.state_dict())
     if recipe.gradient_checkpointing:
         encoder.activation_checkpointing_enable({"use_reentrant": False})  # the other kind loses the traces' gradients
     return student.train()
@@ -134,7 +136,8 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, out_HdE: Tensor, width: int) -> list
 @torch.no_grad()
 def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tensor, segments: Tensor, real: Tensor) -> None:
     """Fit a Student in place, layer m to layer `layers[m - 1]` (from 1) of a float32 teacher; the turn is torch's generator's."""
-    traced, encoder, mask = trace(teacher, ids, segments, real), student.encoder, real[:, None, None, :]
+    traced, encoder, mask = trace(teacher, ids, segments, real), student.encoder.base_model, real[:, None, None, :]
+    teacher = teacher.base_model
     width, states = encoder.config.hidden_size, torch.cat([traced.hidden[n][real] for n in (0, *layers)])
     p_Dd = torch.eye(width, device=states.device)
     if width < states.shape[1]:
@@ -172,24 +175,18 @@ def project(student: nn.Module, teacher: nn.Module, layers: list[int], ids: Tens
 
 def export(folder: Path, student: Student, weights: dict[str, Tensor], tokenizer) -> None:
     """Write model, tokenizer and, where there is one, projection, whole or not at all; `weights`: fp32, by parameter name."""
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("part", "old"))
+    for left in (part, old):  # by a run that was killed; the same command exports again
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
-    encoder, projection = ({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-                           for prefix in ("encoder.", "projection."))
+    encoder, projection = ({name.removeprefix(of): value for name, value in weights.items() if name.startswith(of)}
+                           for of in ("encoder.", "projection."))
     student.encoder.float().save_pretrained(part, state_dict=encoder)  # config.json tells the type of the module's own weights
     tokenizer.save_pretrained(part)
     if projection:
         save_file(projection, part / "projection.safetensors")  # weight (teacher's, student's width), bias; each: 0.weight, ...
     sync(part, *part.rglob("*"))
-    old = folder.with_name(f"{folder.name}.old")
     if folder.exists():
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(students: Path) -> None:
-    """After a kill between the two renames of `export`: the old folder gets its name back."""
-    for old in students.glob("*.old"):
-        shutil.rmtree(old) if old.with_suffix("").exists() else old.rename(old.with_suffix(""))

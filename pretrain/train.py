@@ -6,11 +6,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,14 @@ from torch.profiler import profile, schedule, tensorboard_trace_handler
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import checkpoint
-from pretrain.encoder import check_trace, load_teacher, trace, windowed
+from pretrain.encoder import BETWEEN, load_teacher, trace
 from pretrain.engine import Engine, machine, to_universal
 from pretrain.general import PREEMPTED, StopRequest
 from pretrain.monitor import Monitor, Window, attention, matrix_rate, similarity
 from pretrain.objective import distil, weighted
 from pretrain.plan import Plan
 from pretrain.ranks import Ranks
-from pretrain.student import build_student, export, recover
+from pretrain.student import build_student, export
 from shards.block import read_shard
 from shards.stream import Batch, DynamicMasks, Stream, micro_rows
 
@@ -40,7 +41,7 @@ class Run:
 
     def __init__(self, plan: Plan, ranks: Ranks, stop: StopRequest):
         self.plan, self.ranks, self.recipe, self.stop = plan, ranks, plan.recipe, stop
-        self.out, recipe, rows = Path(plan.options.out), plan.recipe, plan.manifest.rows
+        self.out, recipe = Path(plan.options.out), plan.recipe
         if recipe.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
             torch.use_deterministic_algorithms(True)
@@ -53,26 +54,27 @@ class Run:
         self.row_losses = {}  # of the last update: engine -> the losses of this rank's rows, micro batch by micro batch
         self._resume()
         self.rate, self.operations = matrix_rate(self.teacher.dtype, ranks.device), None  # of a token, in seconds at that rate
+        passes = (f"{steps:,} steps = {steps * recipe.batch / manifest.rows:.2f} passes over {manifest.rows:,} rows"
+                  for steps, manifest in zip(plan.steps, plan.manifests.values(), strict=True))
         ranks.say(f"device {ranks.device.type}, {ranks.world} ranks, engine {plan.engine_file}, teacher in {plan.teacher_dtype}; "
-                  f"batch {recipe.batch} = {self.micro} rows x {len(self.stream.mine) // self.micro} micro batches x "
-                  f"{ranks.world} ranks, {recipe.lanes} lanes, masks {recipe.mask}\n{recipe.steps:,} steps = "
-                  f"{recipe.steps * recipe.batch / rows:.2f} passes over {rows:,} rows; tensorboard --logdir {self.out}")
+                  f"batch {recipe.batch} = {self.micro} rows x {recipe.batch // ranks.world // self.micro} micro batches x "
+                  f"{ranks.world} ranks, masks {recipe.mask}\n{', then '.join(passes)}; tensorboard --logdir {self.out}")
+        versions = {package: version(package) for package in ("torch", "deepspeed", "transformers", "numpy")}
         about = {**self.about, "options": vars(plan.options), "init": plan.inits, "layers": plan.layers, "engine": plan.engine,
-                 "command": sys.argv, "teacher_dtype": plan.teacher_dtype,
-                 "versions": {p: version(p) for p in ("torch", "deepspeed", "transformers", "numpy")}}
+                 "command": sys.argv, "teacher_dtype": plan.teacher_dtype, "versions": versions}
         self.monitor = Monitor(self.out, first=self.step, steps=recipe.steps, about=about) if ranks.rank == 0 else None
 
     def _open_inputs(self) -> None:
         """The teacher is in float32, from which copied layers come, until the students are made."""
-        plan, ranks, recipe, folder = self.plan, self.ranks, self.recipe, self.plan.options.shards
-        mask = DynamicMasks(folder, plan.manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
-        self.stream = Stream(plan.manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
-                             rank=ranks.rank, world=ranks.world, mask=mask, padded=recipe.normalize == "padded")
-        self.micro = micro_rows(len(self.stream.mine), plan.engine["train_micro_batch_size_per_gpu"])
-        self.held_out = self.stream.held_out(HELD_OUT_ROWS, self.micro)
-        self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device)
-        if layers := windowed(self.teacher.config):
-            ranks.say(f"teacher layers {layers} attend within a window; their scores are compared over all real pairs")
+        plan, ranks, recipe, self.phases = self.plan, self.ranks, self.recipe, []
+        words = bool(recipe.mlm or recipe.soft_mlm)
+        for steps, (folder, manifest) in zip(accumulate(plan.steps[:-1], initial=0), plan.manifests.items(), strict=True):
+            mask = DynamicMasks(folder, manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
+            stream = Stream(manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
+                            rank=ranks.rank, world=ranks.world, mask=mask, words=words, padded=recipe.normalize != "row")
+            self.micro = micro_rows(len(stream.mine), plan.engine["train_micro_batch_size_per_gpu"])
+            self.phases.append((steps, stream, stream.held_out(HELD_OUT_ROWS, self.micro)))
+        self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device, head=bool(recipe.soft_mlm))
 
     def _open_out(self) -> Path:
         """With --fresh the old run is renamed first; nothing is deleted -> a new folder there, for all to see."""
@@ -81,16 +83,17 @@ class Run:
             self.out.rename(self.out.with_name(f"{self.out.name}.{number}"))
             self.ranks.say(f"--fresh: the run that was in {self.out} is now {self.out}.{number}")
         self.out.mkdir(parents=True, exist_ok=True)
-        recover(self.out / "students")
         return Path(tempfile.mkdtemp(prefix=".mark-", dir=self.out))
 
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine.  Shards
         are known by their sums, teachers by some of their float32 weights, wherever they lie."""
-        plan, sums = self.plan, "".join(shard.sha256 for shard in self.plan.manifest.shards)
+        plan = self.plan
+        sums = "".join(shard.sha256 for manifest in plan.manifests.values() for shard in manifest.shards)
         some = b"".join(p.detach().flatten()[:1024].cpu().numpy().tobytes() for p in self.teacher.parameters())
         settings = {**vars(self.recipe), "students": {name: vars(shape) for name, shape in plan.students.items()},
-                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": hashlib.sha256(some).hexdigest()}
+                    "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": hashlib.sha256(some).hexdigest(),
+                    **({"steps_before": plan.steps[:-1]} if plan.steps[1:] else {})}
         self.about = {"settings": settings, "machine": machine(plan.engine, self.ranks)}
         found = self.ranks.first(partial(checkpoint.newest_good, self.out / "checkpoints", self.about))
         self.saved, self.step, notes, universal = found or (None, 0, [f"begins in {self.out}"], False)
@@ -104,16 +107,17 @@ class Run:
         self.engines = []
         for name, shape in self.plan.students.items():
             layers, init = self.plan.layers[name], self.plan.inits[name]
-            fresh = "random" if source else init
-            rows = self.stream.some(PROJECTED_TOKENS // self.plan.manifest.row_length) if fresh == "projected" else None
-            student = build_student(name, shape, self.teacher, layers, fresh, self.recipe, rows and self._tensors(rows))
-            self.ranks.say(f"student {name}: {student.encoder.num_parameters() / 1e6:.1f} M parameters, {shape.layers} layers of "
-                           f"{shape.hidden}, init={init}, like teacher layers {layers}"
-                           + (", () without a layer loss" if () in layers else ""))
+            fresh, first = "random" if source else init, self.phases[0][1]
+            rows = first.some(PROJECTED_TOKENS // first.manifest.row_length) if fresh == "projected" else None
+            student = build_student(name, shape, self.teacher, layers, fresh, self.recipe, rows and self._tensors(rows)[:3])
+            self.ranks.say(f"student {name}: {student.encoder.num_parameters() / 1e6:.1f} M parameters, {shape}, init={init}, "
+                           f"like teacher layers {layers}" + ", () without a layer loss" * (() in layers))
             self.engines.append(Engine(name, student, self.recipe, self.plan.engine, self.micro, self.ranks,
                                        drawn_at=self.step, saved=source, universal=universal))
         self.teacher.to(DTYPES[self.plan.teacher_dtype])
-        check_trace(self.teacher)
+        for model in (self.teacher, *(engine.module for engine in self.engines)) if self.recipe.compile else ():
+            for _, module in filter(lambda named: named[0].endswith(BETWEEN), model.named_modules()):
+                module.compile(dynamic=True)  # for rows of any length
 
     def finish(self) -> int:
         """Train to the last step, then export every student -> the exit code, PREEMPTED where it was asked to stop."""
@@ -125,8 +129,7 @@ class Run:
             self.monitor.bar.close()
             self.monitor.board.close()
         if self.step < self.recipe.steps:
-            self.ranks.say(f"stopped after step {self.step} of {self.recipe.steps}; last checkpoint: {self.saved}; the same "
-                           f"command goes on (exit code {PREEMPTED})")
+            self.ranks.say(f"stopped after step {self.step} ({self.saved}); the same command goes on (exit code {PREEMPTED})")
             return PREEMPTED
         for engine in self.engines:
             folder = self.out / "students" / engine.name
@@ -170,8 +173,13 @@ class Run:
     def _due(self, every: int) -> bool:
         return self.step == self.recipe.steps or self.step % every == 0
 
+    def _phase(self, step: int) -> tuple[int, Stream, list[Batch]]:
+        """The first step, stream and held-out rows of the --shards that a step reads."""
+        return next(phase for phase in reversed(self.phases) if phase[0] <= step)
+
     def _read(self, step: int) -> list[Batch]:
-        return self.stream.batches(step * self.recipe.batch, self.micro) if step < self.recipe.steps else []
+        first, stream, _ = self._phase(step)
+        return stream.batches((step - first) * self.recipe.batch, self.micro) if step < self.recipe.steps else []
 
     def _agree(self, coming: Future, window: Window) -> tuple[list[Batch], bool]:
         """The next step's rows, and whether any rank was asked to stop; what went wrong on one rank ends the run on all."""
@@ -190,31 +198,33 @@ class Run:
             if not torch.cat(losses).sum().isfinite():
                 wrong, blamed = "the loss is not finite", blamed[~torch.cat(losses).isfinite().cpu().numpy()]
             if wrong:
-                shards = np.searchsorted(self.stream.first_row, blamed, side="right") - 1
-                places = [f"{self.plan.manifest.shards[shard].name.removesuffix('.tar')}:{row - self.stream.first_row[shard]}"
-                          for shard, row in zip(shards, blamed, strict=True)]
+                stream = self._phase(self.step - 1)[1]
+                shards = np.searchsorted(stream.first_row, blamed, side="right") - 1
+                pairs = zip(shards, blamed - stream.first_row[shards], strict=True)
+                places = [f"{stream.shards[shard].name.removesuffix('.tar')}:{row}" for shard, row in pairs]
                 return ValueError(f"student {engine.name}: {wrong} in step {self.step}; rows {', '.join(places[:8])} (python -m "
                                   f"shards.look --row shows one); last good checkpoint: {self.saved}. Try a smaller lr= or clip=")
         return None
 
     def _tensors(self, batch: Batch) -> list[torch.Tensor]:
-        return [torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in (batch.ids, batch.segments, batch.real)]
+        given = batch.ids, batch.segments, batch.real, batch.words
+        return [x if x is None else torch.from_numpy(x).to(self.ranks.device, non_blocking=True) for x in given]
 
-    def _losses(self, batch: Batch, window: Window, held_out: bool = False) -> Iterator[tuple[Engine, torch.Tensor]]:
+    def _losses(self, batch: Batch, window: Window, held_out: Sequence[Batch] = ()) -> Iterator[tuple[Engine, torch.Tensor]]:
         """One teacher pass, every student in turn: each one's loss by row.  It and all terms are added to the window."""
-        ids, segments, real = self._tensors(batch)
+        ids, segments, real, words = self._tensors(batch)
         mask, recipe = None if batch.real.all() else real, self.recipe
-        kinds = [*recipe.weights] + ["cosine"] * (held_out and not recipe.cosine)
+        kinds = [*recipe.weights] + ["cosine"] * bool(held_out and not recipe.cosine)
         with torch.no_grad():
-            teacher = trace(self.teacher, ids, segments, mask)
+            teacher = trace(self.teacher, ids, segments, mask, words if recipe.soft_mlm else None)
         window.lap("teacher")
         for engine in self.engines:
-            layers, student = self.plan.layers[engine.name], engine(ids, segments, mask)
-            if held_out and self.monitor and batch is self.held_out[0]:
+            layers, student = self.plan.layers[engine.name], engine(ids, segments, mask, words)
+            if held_out and self.monitor and batch is held_out[0]:
                 self.monitor.show(self.step, {self._named(engine, "attention"): attention(student, teacher, real, layers),
                                               self._named(engine, "similarity"): similarity(student, teacher, real)})
             terms = distil(student, teacher, real, layers, kinds, relation_heads=recipe.relation_heads,
-                           padded=recipe.normalize == "padded")
+                           padded=recipe.normalize == "padded", temperature=recipe.temperature, words=words)
             del student  # what the backward pass does not need may go
             losses = weighted(terms, self.plan.weights[engine.name])
             window.add({self._named(engine, name): value for name, value in {**terms, "loss": losses}.items()})
@@ -236,9 +246,9 @@ class Run:
             self.operations = counter.get_total_flops() / window.tokens / self.rate
 
     def _figures(self, window: Window) -> dict[str, float]:
-        return {"rows": self.step * self.recipe.batch, **window.means(self.ranks), **window.rates(self.ranks, self.operations),
-                "lr": self.recipe.rate(self.step - 1),
-                **{self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}}
+        norms = {self._named(engine, "grad_norm"): engine.gradient_norm() for engine in self.engines}
+        return {"rows": self.step * self.recipe.batch, "lr": self.recipe.rate(self.step - 1), **norms,
+                **window.means(self.ranks), **window.rates(self.ranks, self.operations)}
 
     def _named(self, engine: Engine, figure: str) -> str:
         """With one student figures have plain names; with several the student's stands before them."""
@@ -250,8 +260,8 @@ class Run:
         seen = Window()
         for engine in self.engines:
             engine.module.eval()
-        for batch in self.held_out:
-            list(self._losses(batch, seen, held_out=True))
+        for batch in (held_out := self._phase(max(0, self.step - 1))[2]):
+            list(self._losses(batch, seen, held_out))
         for engine in self.engines:
             engine.module.train()
         return {f"held_out/{name}": mean for name, mean in seen.means(self.ranks).items()}

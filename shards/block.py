@@ -120,8 +120,7 @@ def address(folder: str | Path, name: str) -> Path | str:
     if scheme == "pipe" and "{}" in rest:
         return folder.replace("{}", name)
     if scheme == "pipe" or rest.startswith("//"):
-        raise ValueError(f"shards {folder}: give a folder, http(s)://HOST/FOLDER, or a command that prints file {{}}, such as "
-                         "'pipe:aws s3 cp s3://bucket/wiki/{} -'")
+        raise ValueError(f"shards {folder}: give a folder, http(s)://HOST/FOLDER, or such as 'pipe:aws s3 cp s3://bucket/{{}} -'")
     return Path(folder) / name
 
 

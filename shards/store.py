@@ -165,8 +165,7 @@ def join(settings, tally: Tally, vocab_size: int, planned: Path, pieces: list[Pa
         write(folder / name, np.append(0, np.cumsum(counted)).tobytes())
     tasks = plan(settings, tokens * copies, tokens * held, np.min_scalar_type(vocab_size - 1).itemsize)
     of_source = np.bincount(table["source"], tokens * copies, len(settings.sources))
-    counts.update(documents=np.count_nonzero(kept), held_out_documents=np.count_nonzero(held),
-                  sentences=sizes[kept].sum(), tokens=tokens[kept].sum())
+    counts.update(documents=kept.sum(), held_out_documents=held.sum(), sentences=sizes[kept].sum(), tokens=tokens[kept].sum())
     shares = [{"name": source["name"], "weight": source["weight"], "share": share}  # of the tokens that rows are drawn from
               for source, share in zip(settings.sources, of_source / of_source.sum(), strict=True)]
     write_json(planned, [dict(counts, bad=tally.bad, sources=shares), tasks])

@@ -68,7 +68,7 @@ def test_arithmetic_is_the_hand_sum(wide):
     """Every matrix product of a teacher's forward pass, a student's forward and backward, and the loss."""
     rows, length, layers = 4, 48, [2, 3, 5, 6]
     plan = Plan(options([*wide, "--student", "tiny4"]))
-    _, _, flop = one_micro_batch(plan, rows)
+    _, _, flop = one_micro_batch(plan, rows, length)
     tokens = rows * length
 
     def linear(count: int, width: int, inner: int) -> int:
@@ -108,7 +108,7 @@ def test_ranks_share_the_optimizer_and_activations_follow_rows(wide):
     assert one[:2] == four[:2] and one[4:] == four[4:]
     assert one[2:4] == [pytest.approx(4 * size, abs=2e-3) for size in four[2:4]]  # three digits are said
     plan = Plan(options([*wide, "--student", "tiny4"]))
-    few, more, most = (one_micro_batch(plan, rows)[1] for rows in (32, 64, 128))
+    few, more, most = (one_micro_batch(plan, rows, 48)[1] for rows in (32, 64, 128))
     assert most - more == pytest.approx(2 * (more - few), rel=0.01)  # but for gradients, at the peak or not
 
 
@@ -126,6 +126,8 @@ def test_gpu_files_and_dropout_and_checkpointing_are_planned_without_a_gpu(input
     assert "in fp16" in budget(options([*inputs, *gpu, str(ROOT / "ds_configs/gpu-fp16.json"), "dropout=0.1"]))
     said = budget(options([*inputs, *gpu, str(ROOT / "ds_configs/gpu-bf16-offload.json"), "gradient_checkpointing=true", "qk=1"]))
     assert "0.000 GB  ZeRO: " in said
+    heads = budget(options([*inputs, *gpu, str(ROOT / "ds_configs/gpu-bf16.json"), "mlm=1", "soft_mlm=1"]))
+    assert "mlm=1.0, soft_mlm=1.0" in heads and heads.count("buckets") == 1
     assert torch.get_default_dtype() == torch.float32
 
 

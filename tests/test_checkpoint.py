@@ -11,7 +11,6 @@ from runs import NAMES, SETTINGS, SMALL, assert_same_run, launch, metrics
 from pretrain import checkpoint
 from pretrain.engine import Engine
 from pretrain.recipe import NOT_LEARNED, Recipe
-from pretrain.student import recover
 
 
 class Alone:
@@ -160,14 +159,6 @@ def test_what_may_change_and_is_said(tmp_path):
     *_, notes, convert = checkpoint.newest_good(tmp_path, changed("machine", ranks=1))
     assert convert and "ranks was 2, is 1: through DeepSpeed's universal checkpoint" in notes[1]
     assert {*NOT_LEARNED} <= {*Recipe.__dataclass_fields__}
-
-
-def test_an_export_that_was_killed_between_its_renames_is_put_back(tmp_path):
-    (tmp_path / "a.old").mkdir()
-    for name in ("b", "b.old"):
-        (tmp_path / name).mkdir()
-    recover(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
 class DeepSpeed:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (AlbertConfig, AutoModel, BertConfig, BertModel, DebertaV2Config, DistilBertConfig, ElectraConfig,
-                          ModernBertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig)
+from transformers import (AlbertConfig, AutoModel, AutoModelForMaskedLM, BertConfig, BertModel, DebertaV2Config, DistilBertConfig,
+                          ElectraConfig, ModernBertConfig, MPNetConfig, RobertaConfig, XLMRobertaConfig)
 
-from pretrain.encoder import ATTENTION, TEACHERS, check_tokenizer, load_teacher, trace, windowed
+from pretrain.encoder import ATTENTION, TEACHERS, check_tokenizer, load_teacher, trace
 from pretrain.objective import TERMS, distil, weighted
 from shards.block import read_manifest
 
@@ -73,14 +73,35 @@ def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
     for a, b in zip(got.hidden, want.hidden_states, strict=True):
         torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-5)
     layers = zip(got.queries, got.keys, want.attentions, strict=True)
+    windowed = [n for n, kind in enumerate(getattr(config, "layer_types", None) or (), 1) if kind == "sliding_attention"]
     for layer, (query, key, probabilities) in enumerate(layers, start=1):
         scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~real[:, None, None, :], -torch.inf)
-        if layer in windowed(model.config):  # the traces hold every pair; the teacher itself looked at a band of them
+        if layer in windowed:  # the traces hold every pair; the teacher itself looked at a band of them
             assert (probabilities[1, :, 0, 20:] == 0).all() and (scores.softmax(-1)[1, :, 0, 20:48] > 0).all()
         else:
             torch.testing.assert_close(scores.softmax(-1)[real[:, None].expand(-1, 4, -1)],
                                        probabilities[real[:, None].expand(-1, 4, -1)], rtol=1e-4, atol=1e-6)
-    assert (windowed(model.config) == [2]) == (config.model_type == "modernbert")
+    assert (windowed == [2]) == (config.model_type == "modernbert")
+
+
+@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
+def test_every_teachers_head_says_what_its_masked_lm_says(config, tmp_path):
+    ids, segments, real = batch(length=50)
+    ids[~real] = config.pad_token_id
+    torch.manual_seed(0)
+    whole = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+    whole.save_pretrained(tmp_path / "with")
+    whole.base_model.save_pretrained(tmp_path / "without")
+    model = load_teacher(str(tmp_path / "with"), torch.float32, torch.device("cpu"), head=True)
+    words, extra = torch.tensor([[0, 2, 2], [3, 7, 8]]), {}
+    if getattr(config, "type_vocab_size", 0) >= 2:
+        extra = {"token_type_ids": segments}
+    want = whole(ids, attention_mask=real.long(), **extra).logits[words[0], words[1]]
+    got = trace(model, ids, segments, real, words)
+    torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got.hidden[-1], trace(model, ids, segments, real).hidden[-1])
+    with pytest.raises(ValueError, match="its file lacks .* tensors of a .*MaskedLM of its config.json, such as "):
+        load_teacher(str(tmp_path / "without"), torch.float32, torch.device("cpu"), head=True)
 
 
 def test_there_is_a_small_one_of_every_teacher():
@@ -112,7 +133,7 @@ class Opener:
 @pytest.mark.parametrize("change, says", [
     ({"pad_token_id": 1}, "config.json has pad_token_id=1, the shards pad with 0; write the tokenizer's pad id"),
     ({"vocab_size": 7}, "7 embeddings for a tokenizer of"),
-    ({"max_position_embeddings": 47}, "rows of up to 48 tokens, the teacher .* reads 47; build them with --row-length 47")],
+    ({"max_position_embeddings": 47}, "rows of 48 tokens, teacher .* reads 47; build with --row-length 47")],
     ids=str)
 def test_a_teacher_is_checked_against_the_shards(change, says, shards_folder, teacher_folder):
     manifest, config = read_manifest(shards_folder), BertConfig.from_pretrained(teacher_folder)

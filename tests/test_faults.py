@@ -197,7 +197,7 @@ def test_a_shard_is_deleted_in_mid_run(given, straight, shards_folder, tmp_path)
 
 
 def test_a_student_is_whole_at_each_moment_of_its_export(inputs, tmp_path):
-    """Killed between the two renames: the old student has its name again as soon as the run is started."""
+    """Killed between the two renames: the old student stands beside its name, and the same command exports again."""
     out = tmp_path / "run"
     given = [*inputs, "--student", SMALL, *SETTINGS, "--out", out]
     launch(*given)

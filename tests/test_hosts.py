@@ -98,7 +98,7 @@ def test_a_signal_to_bash_reaches_the_ranks_of_all_hosts(hosts, hostfile, inputs
     assert not processes(out)
     last = max(metrics(out))
     assert last < 80 and (out / f"checkpoints/step-{last}").is_dir()
-    assert f"h1: stopped after step {last} of 80" in log.read_text()
+    assert f"h1: stopped after step {last} (" in log.read_text()
 
 
 def test_faults_between_hosts(hosts, hostfile, inputs, tmp_path):

@@ -111,7 +111,7 @@ def test_operations_are_those_of_the_first_update(inputs, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr
-    line, (_, _, most) = metrics(tmp_path / "run")[1], one_micro_batch(Plan(options(given)), 16)
+    line, (_, _, most) = metrics(tmp_path / "run")[1], one_micro_batch(Plan(options(given)), 16, 48)
     counted, tokens = line["matrix_rate"] / line["tokens/s"], line["tokens/s"] * 16 / line["rows/s"]
     teacher, student = 2 * 4 * (4 * 24**2 + 2 * 24 * 48), 2 * 2 * (4 * 12**2 + 2 * 12 * 24)  # a token's, forward; layers
     projection = 2 * 3 * 12 * 24

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from pretrain.objective import (TERMS, TILE, Trace, distil, layer_map, named_terms, one_layer_each, relation_kl, score_mse,
-                                term_weights, weighted)
-from pretrain.recipe import KINDS
+from pretrain.objective import (TERMS, TILE, Trace, distil, layer_map, named_terms, one_layer_each, relation_kl,
+                                score_mse, term_weights, weighted)
+from pretrain.recipe import KINDS as ALL_KINDS
 
+KINDS = ALL_KINDS[:-2]  # of layers and embeddings, not of words
 LENGTHS = (7, 12, 1, 5)  # ragged, one row of a single token
 
 
@@ -220,6 +221,24 @@ def test_relations_of_long_rows_and_their_gradients_are_the_direct_ones():
         want.backward()
     for mine, its in zip((sa, sb), own, strict=True):
         torch.testing.assert_close(mine.grad.double(), its.grad, rtol=0, atol=1e-5 * its.grad.abs().max().item())
+
+
+def test_words_are_means_over_a_rows_masked_positions():
+    g = torch.Generator().manual_seed(4)
+    words, mask = torch.tensor([[0, 0, 2], [1, 4, 5], [3, 0, 7]]), torch.ones(3, 6, dtype=torch.bool)
+    s, t = (torch.randn(3, 9, generator=g) for _ in "st")
+    ce = -s.double().log_softmax(-1)[range(3), words[2]]
+    soft_s, soft_t = ((x.double() / 2).log_softmax(-1) for x in (s, t))
+    kl = (soft_t.exp() * (soft_t - soft_s)).sum(-1) * 4
+    got = distil(*(Trace((), (), (), (), logits) for logits in (s, t)), mask, [], ALL_KINDS[-2:], temperature=2.0, words=words)
+    assert list(got) == ["mlm", "soft_mlm"]
+    for kind, each in (("mlm", ce), ("soft_mlm", kl)):
+        want = torch.stack([each[:2].mean(), torch.zeros((), dtype=torch.double), each[2]])  # the middle row has none
+        torch.testing.assert_close(got[kind].double(), want, rtol=1e-6, atol=1e-7)
+    same = Trace((), (), (), (), s)
+    assert not distil(same, same, mask, [], ["soft_mlm"], temperature=3.0, words=words)["soft_mlm"].any()
+    weights = term_weights([1, 2], {"hidden": 1.0, "mlm": 0.5}, "0,3,4")  # words are of no layer
+    assert weights == {"hidden/1": 3.0, "hidden/2": 4.0, "mlm": 0.5}
 
 
 def test_bf16_inputs_lose_no_more_than_their_rounding():

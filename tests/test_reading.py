@@ -241,11 +241,11 @@ def test_dynamic_masks_are_the_same_in_any_company(shards_folder):
     for at, row in enumerate(rows):
         ids[at, :lengths[at]] = whole.ids[begins[row]:][:lengths[at]]
     together, apart, passes, numbers = ids.copy(), ids.copy(), np.arange(1200) % 3, np.arange(1200)
-    masks.apply(together, lengths, passes, numbers)
+    masks.apply(together, lengths, passes, numbers, true := np.zeros_like(ids))
     for start in range(0, 1200, 7):
         part = slice(start, start + 7)
-        masks.apply(apart[part], lengths[part], passes[part], numbers[part])
-    assert (together == apart).all() and (together != ids).any(1).mean() > 0.9
+        masks.apply(apart[part], lengths[part], passes[part], numbers[part], apart[part])
+    assert (together == apart).all() and (np.where(true, true, together) == ids).all() and (together != ids).any(1).mean() > 0.9
 
 
 def test_dynamic_masks_keep_the_builds_rules(shards_folder, dynamic):

@@ -24,7 +24,7 @@ def lanes(world: int) -> int:
 @lru_cache
 def planned(sizes: tuple[int, ...], world: int):
     """As pretrain.plan does."""
-    recipe = override(Recipe(), [f"batch={2 * lanes(world)}", f"lanes={lanes(world)}"]).resolved(sum(sizes))
+    recipe = override(Recipe(), [f"batch={2 * lanes(world)}", f"lanes={lanes(world)}"]).resolved([sum(sizes)])[0]
     return manifest(list(sizes)), recipe
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.block import Block, Manifest, Shard
-from shards.stream import ROWS, Stream, chance, micro_rows
+from shards.stream import ROWS, DynamicMasks, Stream, chance, micro_rows
 
 PAD = 9
 
@@ -287,6 +287,34 @@ def test_rows_may_be_padded_to_the_row_length(shards_folder):
         assert other.ids.shape[1] == listed.row_length == 48
         assert np.array_equal(one.ids, other.ids[:, :width]) and np.array_equal(one.real, other.real[:, :width])
         assert not other.real[:, width:].any() and (other.ids[:, width:] == listed.tokenizer["pad"]).all()
+
+
+@pytest.mark.parametrize("mask", ["precomputed", "dynamic", "none"])
+def test_words_are_the_true_ids_of_what_is_masked(mask, shards_folder):
+    """For any mask, over two passes and held-out rows: words put back give the unmasked rows, and nothing else moves."""
+    from functools import partial
+
+    from shards.block import read_manifest, read_shard
+
+    listed, masked = read_manifest(shards_folder), 0
+    kinds = {}
+    for kind, words in (("none", False), (mask, False), (mask, True)):
+        how = DynamicMasks(shards_folder, listed, 7) if kind == "dynamic" else kind
+        one = Stream(listed, partial(read_shard, shards_folder), seed=3, batch=20, lanes=4, mask=how, words=words)
+        last = listed.rows * 3 // 2 // 20 * 20  # well into the second pass
+        kinds[kind, words] = [batch for j in range(0, last, 20) for batch in one.batches(j, 5)] + one.held_out(30, 5)
+    for plain, without, batch in zip(*(kinds[of] for of in (("none", False), (mask, False), (mask, True))), strict=True):
+        assert plain.words is None and without.words is None
+        assert np.array_equal(batch.ids, without.ids) and np.array_equal(batch.numbers, plain.numbers)
+        row, position, true = batch.words
+        assert np.array_equal(plain.ids[row, position], true) and batch.real[row, position].all()
+        assert len({*zip(row.tolist(), position.tolist())}) == len(row)
+        restored = batch.ids.copy()
+        restored[row, position] = true
+        assert np.array_equal(restored, plain.ids) and (mask == "none" or {*row.tolist()} == {*range(len(batch.ids))})
+        masked += len(row)
+    rate = masked / sum(batch.real.sum() for batch in kinds[mask, True])
+    assert (rate == 0) if mask == "none" else 0.1 < rate < 0.2  # 15 % of the tokens, rounded row by row; one at least
 
 
 def test_some_rows_of_a_shard_are_the_same_for_any_ranks(shards_folder):
