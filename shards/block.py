@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def fetch(folder: str | Path, name: str, size: int | None = None) -> bytes:
                 raise OSError(wrong) from error
         except subprocess.CalledProcessError as error:
             wrong = f"exit code {error.returncode}: {error.stderr.decode(errors='replace').strip().split(chr(10))[-1]}"
-        except Exception as error:  # a socket's, HTTP's, a command's that takes too long: each has its own
+        except (OSError, HTTPException, subprocess.TimeoutExpired) as error:
             wrong = str(getattr(error, "reason", error)) or type(error).__name__
     raise OSError(f"{wrong}; {len(BACK_OFF)} tries")
 
