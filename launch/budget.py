@@ -72,14 +72,14 @@ def budget(given: Namespace) -> str:
         given.engine = given.engine or str(ENGINES / "gpu-bf16.json")
         given.teacher_dtype = "bf16" if given.teacher_dtype == "auto" else given.teacher_dtype
     plan, ranks = Plan(given), given.gpus or 1
-    recipe, engine, rows = plan.recipe, plan.engine, plan.manifests.values()
-    share = Stream([*rows][0], None, seed=0, batch=recipe.batch, lanes=recipe.lanes, mask="none", world=ranks).mine.size
+    recipe, engine, manifests = plan.recipe, plan.engine, plan.manifests.values()
+    share = Stream([*manifests][0], None, seed=0, batch=recipe.batch, lanes=recipe.lanes, mask="none", world=ranks).mine.size
     micro, kind = micro_rows(share, engine["train_micro_batch_size_per_gpu"]), precision(engine)
-    lengths = {manifest.row_length for manifest in rows}
+    lengths = {manifest.row_length for manifest in manifests}
     seen = {length: one_micro_batch(plan, micro, length) for length in sorted(lengths)}
     models, living, _ = seen[length := max(lengths)]
     counts = {n: sum(p.numel() for p in model.parameters()) for n, model in models.items()}
-    work = sum(steps * seen[manifest.row_length][2] for steps, manifest in zip(plan.steps, rows)) * recipe.batch / micro
+    work = sum(steps * seen[manifest.row_length][2] for steps, manifest in zip(plan.steps, manifests)) * recipe.batch / micro
     own, t = sum(counts.values()) - counts[""], models[""].config
     zero = {"reduce_bucket_size": 5e8, "overlap_comm": False, **engine["zero_optimization"]}
     held = {f"teacher: {counts['']:,} parameters in {plan.teacher_dtype}": counts[""] * DTYPES[plan.teacher_dtype].itemsize,
@@ -101,7 +101,7 @@ def budget(given: Namespace) -> str:
              *(f"{size / 1e9:9.3f} GB  {what}" for what, size in held.items()),
              f"{sum(held.values()) / 1e9:9.3f} GB  at most in a step; {start / 1e9:.3f} GB before it for init=projected",
              *(f"{steps:,} steps = {steps * recipe.batch / manifest.rows:.2f} passes over {manifest.rows:,} rows"
-               for steps, manifest in zip(plan.steps, rows)),
+               for steps, manifest in zip(plan.steps, manifests)),
              f"{work / recipe.steps / 1e12:.4g} TFLOP a step at full length, {work / 1e18:.4g} EFLOP in all"]
     if given.tflops:
         lines.append(f"{hours / given.tflops:.4g} hours, {hours * ranks / given.tflops:.4g} GPU-hours at {given.tflops:g} TFLOPS")

@@ -103,7 +103,7 @@ def check_tokenizer(name: str, config, manifest):
         raise ValueError(f"teacher {name}: its config.json has pad_token_id={config.pad_token_id}, the shards pad with "
                          f"{built['pad']}; write the tokenizer's pad id into config.json")
     if manifest.row_length > (most := longest_row(config)):
-        raise ValueError(f"rows of {manifest.row_length} tokens, teacher {name} reads {most}; build with --row-length {most}")
+        raise ValueError(f"shards: {manifest.row_length} tokens a row, {name} reads {most}; build them with --row-length {most}")
     return tokenizer
 
 

@@ -146,7 +146,7 @@ class Engine:
             self.random = self.random if universal else state["distil"]["random"][ranks.rank]
 
     def __call__(self, *batch: Tensor | None):
-        """The student's trace of one micro batch."""
+        """The student's trace of one micro batch, which is given as Student.forward takes it."""
         device = torch.cuda if self.ranks.device.type == "cuda" else torch
         device.set_rng_state(self.random)
         traced = self.deepspeed(*batch)

@@ -68,12 +68,12 @@ class Run:
         """The teacher is in float32, from which copied layers come, until the students are made."""
         plan, ranks, recipe, self.phases = self.plan, self.ranks, self.recipe, []
         words = bool(recipe.mlm or recipe.soft_mlm)
-        for steps, (folder, manifest) in zip(accumulate(plan.steps[:-1], initial=0), plan.manifests.items(), strict=True):
+        for first, (folder, manifest) in zip(accumulate(plan.steps[:-1], initial=0), plan.manifests.items(), strict=True):
             mask = DynamicMasks(folder, manifest, recipe.seed) if recipe.mask == "dynamic" else recipe.mask
             stream = Stream(manifest, partial(read_shard, folder), seed=recipe.seed, batch=recipe.batch, lanes=recipe.lanes,
                             rank=ranks.rank, world=ranks.world, mask=mask, words=words, padded=recipe.normalize != "row")
             self.micro = micro_rows(len(stream.mine), plan.engine["train_micro_batch_size_per_gpu"])
-            self.phases.append((steps, stream, stream.held_out(HELD_OUT_ROWS, self.micro)))
+            self.phases.append((first, stream, stream.held_out(HELD_OUT_ROWS, self.micro)))
         self.teacher = load_teacher(plan.options.teacher, torch.float32, ranks.device, head=bool(recipe.soft_mlm))
 
     def _open_out(self) -> Path:
@@ -88,8 +88,7 @@ class Run:
     def _resume(self) -> None:
         """The students as they were in the newest good checkpoint, `saved`, or at step 0; bit-exact on the same machine.  Shards
         are known by their sums, teachers by some of their float32 weights, wherever they lie."""
-        plan = self.plan
-        sums = "".join(shard.sha256 for manifest in plan.manifests.values() for shard in manifest.shards)
+        plan, sums = self.plan, "".join(shard.sha256 for one in self.plan.manifests.values() for shard in one.shards)
         some = b"".join(p.detach().flatten()[:1024].cpu().numpy().tobytes() for p in self.teacher.parameters())
         settings = {**vars(self.recipe), "students": {name: vars(shape) for name, shape in plan.students.items()},
                     "shards": hashlib.sha256(sums.encode()).hexdigest(), "teacher": hashlib.sha256(some).hexdigest(),

@@ -58,16 +58,21 @@ SMALL_TEACHERS = [
                      cls_token_id=1, sep_token_id=2)]
 
 
-@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
-def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
-    """Padded, longer than ModernBERT's window, loaded as a user loads it."""
+def eager(kind, config):
+    """A random model with eager attention; rows for it, padded, longer than ModernBERT's window; what else it takes."""
     ids, segments, real = batch(length=50)
     ids[~real] = config.pad_token_id
     torch.manual_seed(0)
-    whole = AutoModel.from_config(config, attn_implementation="eager").eval()
+    extra = {"token_type_ids": segments} if getattr(config, "type_vocab_size", 0) >= 2 else {}
+    return kind.from_config(config, attn_implementation="eager").eval(), ids, segments, real, extra
+
+
+@pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
+def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
+    """Loaded as a user loads it."""
+    whole, ids, segments, real, extra = eager(AutoModel, config)
     whole.save_pretrained(tmp_path)
     model = load_teacher(str(tmp_path), torch.float32, torch.device("cpu"))
-    extra = {"token_type_ids": segments} if getattr(config, "type_vocab_size", 0) >= 2 else {}
     want = whole(ids, attention_mask=real.long(), output_hidden_states=True, output_attentions=True, **extra)
     got = trace(model, ids, segments, real)
     for a, b in zip(got.hidden, want.hidden_states, strict=True):
@@ -86,16 +91,11 @@ def test_every_teacher_traces_what_eager_attention_computes(config, tmp_path):
 
 @pytest.mark.parametrize("config", SMALL_TEACHERS, ids=lambda c: c.model_type)
 def test_every_teachers_head_says_what_its_masked_lm_says(config, tmp_path):
-    ids, segments, real = batch(length=50)
-    ids[~real] = config.pad_token_id
-    torch.manual_seed(0)
-    whole = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+    whole, ids, segments, real, extra = eager(AutoModelForMaskedLM, config)
     whole.save_pretrained(tmp_path / "with")
     whole.base_model.save_pretrained(tmp_path / "without")
     model = load_teacher(str(tmp_path / "with"), torch.float32, torch.device("cpu"), head=True)
-    words, extra = torch.tensor([[0, 2, 2], [3, 7, 8]]), {}
-    if getattr(config, "type_vocab_size", 0) >= 2:
-        extra = {"token_type_ids": segments}
+    words = torch.tensor([[0, 2, 2], [3, 7, 8]])
     want = whole(ids, attention_mask=real.long(), **extra).logits[words[0], words[1]]
     got = trace(model, ids, segments, real, words)
     torch.testing.assert_close(got.logits, want, rtol=1e-4, atol=1e-5)
@@ -133,7 +133,7 @@ class Opener:
 @pytest.mark.parametrize("change, says", [
     ({"pad_token_id": 1}, "config.json has pad_token_id=1, the shards pad with 0; write the tokenizer's pad id"),
     ({"vocab_size": 7}, "7 embeddings for a tokenizer of"),
-    ({"max_position_embeddings": 47}, "rows of 48 tokens, teacher .* reads 47; build with --row-length 47")],
+    ({"max_position_embeddings": 47}, "shards: 48 tokens a row, .* reads 47; build them with --row-length 47")],
     ids=str)
 def test_a_teacher_is_checked_against_the_shards(change, says, shards_folder, teacher_folder):
     manifest, config = read_manifest(shards_folder), BertConfig.from_pretrained(teacher_folder)
