@@ -1,7 +1,8 @@
 """TinyBERT's augmentation (arXiv 1909.10351, Algorithm 1): new rows, in which some words stand for likely or near ones."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pandas
 import torch
@@ -15,8 +16,9 @@ from pretrain.encoder import longest_row, opened
 from shards.block import chance
 from shards.tokenizer import auto_tokenizer, open_tokenizer
 
-BATCH = 64  # masked texts in one pass
+BATCH = 64  # masked texts in one pass; in float32: in 16 bit the likeliest words would depend on it
 GLOVE_WORDS = 100_000  # read of a longer file, the most frequent first: TinyBERT's number
+open_mlm: Callable[[str], torch.nn.Module] = partial(opened, AutoModelForMaskedLM, dtype=torch.float32)  # with its head
 STOP = ENGLISH_STOP_WORDS | {"did", "does", "doing", "having", "just", "shall"}
 
 
@@ -34,11 +36,6 @@ def whole_words(name: str) -> dict[int, str]:
     pieces = sorted((number, token.lstrip("\u2581\u0120")) for token, number in auto_tokenizer(name).get_vocab().items())
     fit = (vocabulary := open_tokenizer(name)).begins_word & vocabulary.may_replace
     return {number: word for number, word in pieces if fit[number] and word.isalpha() and word.islower()}
-
-
-def open_mlm(name: str) -> torch.nn.Module:
-    """A masked language model with its head in eval mode, float32: in 16 bit the likeliest words would depend on the batch."""
-    return opened(AutoModelForMaskedLM, name, dtype=torch.float32).eval()
 
 
 @torch.inference_mode()

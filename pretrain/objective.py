@@ -23,6 +23,7 @@ RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) 
 OF_HEADS = ("attention", *RELATIONS)
 OF_WORDS = ("mlm", "soft_mlm")  # these are of no layer
 TILE = 64  # queries whose relations are computed at once
+LEAST = 1e-6  # balanced terms (the logarithms of arXiv 2308.12029) that are less teach nothing more
 
 
 @dataclass(frozen=True)
@@ -140,17 +141,19 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
         return {name: term(*of) for name, of in named_terms(layers, kinds).items()}
 
 
-def weighted(terms: dict[str, Tensor], weights: dict) -> Tensor:
-    """The terms' sum (B,), each term with its own weight, or that of its kind; TinyBERT's are all 1."""
-    return torch.stack([weights.get(name, weights.get(name.partition("/")[0], 0.0)) * x for name, x in terms.items()]).sum(0)
+def weighted(terms: dict[str, Tensor], weights: dict, balanced: bool = False) -> Tensor:
+    """The sum (B,) of terms, each with its own weight or its kind's; `balanced`: of their logarithms, so that no scale counts."""
+    each = {name: x.clamp(min=LEAST).log() if balanced else x for name, x in terms.items()}
+    return torch.stack([weights.get(name, weights.get(name.partition("/")[0], 0.0)) * x for name, x in each.items()]).sum(0)
 
 
 def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:
-    """Each term's weight: its kind's times its layer's by `equal`, `inverse` (1/(m+1)) or numbers, the embeddings' first."""
+    """Each term's weight: its kind's times its layer's: 1, `inverse` (1/(m+1)) or numbers, the embeddings' first."""
     count = len(layers) + 1
     numbers = re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and [float(number) for number in rule.split(",")]
-    factors = {"equal": [1.0] * count, "inverse": [1 / (m + 1) for m in range(count)]}.get(rule, numbers)
+    inverse = rule == "inverse" and [1 / (m + 1) for m in range(count)]
+    factors = [1.0] * count if rule in ("equal", "balanced") else inverse or numbers
     if not factors or len(factors) != count:
-        raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, and {count} numbers for this student, the "
+        raise ValueError(f"layer_weights={rule!r}: there are equal, inverse, balanced, and {count} numbers for this student, the "
                          f"embeddings' first, such as {','.join(['1'] * count)}")
     return {name: kinds[kind] * (kind in OF_WORDS or factors[m]) for name, (kind, m) in named_terms(layers, kinds).items()}

@@ -37,7 +37,7 @@ class Recipe:
     mask: Literal["precomputed", "dynamic", "none"] = "precomputed"  # the shards' mask sets in turn, or new masks in each pass
     init: Literal["auto", "teacher", "projected", "random"] = "auto"  # the teacher copied, or fitted; auto: what fits best
     layer_map: str = "uniform"  # uniform, last, first, or groups such as 1:3-5,2:6-8: each student layer's teacher layers
-    layer_weights: str = "equal"  # inverse: 1/(m+1); or numbers, the embeddings' first
+    layer_weights: str = "equal"  # inverse: 1/(m+1); balanced: the terms' logarithms; or numbers, the embeddings' first
     normalize: Literal["row", "padded"] = "row"  # means over real tokens; padded: over rows at full length (the reference)
     projection: Literal["shared", "each"] = "shared"  # to the teacher's width: one of all hidden states, or one of each
     dropout: Fraction = 0.0  # of the students; 0 keeps the loss the same for any cut of the batch

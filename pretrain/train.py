@@ -225,7 +225,7 @@ class Run:
             terms = distil(student, teacher, real, layers, kinds, relation_heads=recipe.relation_heads,
                            padded=recipe.normalize == "padded", temperature=recipe.temperature, words=words)
             del student  # what the backward pass does not need may go
-            losses = weighted(terms, self.plan.weights[engine.name])
+            losses = weighted(terms, self.plan.weights[engine.name], recipe.layer_weights == "balanced")
             window.add({self._named(engine, name): value for name, value in {**terms, "loss": losses}.items()})
             yield engine, losses
         window.rows += len(batch.ids)

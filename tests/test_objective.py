@@ -255,13 +255,33 @@ def test_weights_are_by_kind():
     assert weighted(terms, {"embedding": 1.0, "hidden": 0.5, "attention": 2.0}).item() == 206.0
 
 
+def test_balanced_terms_pull_as_strongly_on_any_scale():
+    """Each by its share of itself, row by row; equal models by nothing at all."""
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(5, 3, generator=g, dtype=torch.double).requires_grad_()
+    terms, weights = {"embedding": (x**2).sum(1), "hidden/1": (x - 1).pow(4).mean(1)}, {"embedding": 2.0, "hidden": 0.5}
+    (got,) = torch.autograd.grad(weighted(terms, weights, balanced=True).sum(), x, retain_graph=True)
+    scaled = terms | {"hidden/1": 2**12 * terms["hidden/1"]}  # a power of two, so that nothing is rounded otherwise
+    (other,) = torch.autograd.grad(weighted(scaled, weights, balanced=True).sum(), x, retain_graph=True)
+    assert torch.equal(got, other)
+    (of_each,) = zip(*(torch.autograd.grad(term.sum(), x) for term in terms.values()), strict=True)
+    want = sum(w * grad / term[:, None] for w, grad, term in zip((2.0, 0.5), of_each, terms.values(), strict=True))
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)  # float64's rounding, some operations
+    s = changed(made(2, 10, 3, 8, 1), lambda part: part.requires_grad_())
+    t = changed(s, lambda part: part.detach().clone())
+    loss = weighted(distil(s, t, real(), [1, 2]), dict.fromkeys(TERMS, 1.0), balanced=True).sum()
+    loss.backward()
+    assert loss.isfinite() and all((part.grad == 0).all() for part in (*s.hidden, *s.queries, *s.keys))
+
+
 def test_weights_by_layer():
     kinds = {"embedding": 1.0, "hidden": 2.0, "attention": 3.0}
     assert term_weights([1, 2], kinds, "inverse") == {
         "embedding": 1.0, "hidden/1": 1.0, "hidden/2": 2 / 3, "attention/1": 1.5, "attention/2": 1.0}
     assert term_weights([1, 2], kinds, "0.5,1,.25") == {
         "embedding": 0.5, "hidden/1": 2.0, "hidden/2": 0.5, "attention/1": 3.0, "attention/2": 0.75}
-    assert term_weights([(), (3,)], kinds, "equal") == {"embedding": 1.0, "hidden/2": 2.0, "attention/2": 3.0}
+    for rule in ("equal", "balanced"):
+        assert term_weights([(), (3,)], kinds, rule) == {"embedding": 1.0, "hidden/2": 2.0, "attention/2": 3.0}
     for wrong in ("1,2", "eqaul", "1,2,-3", "1,2,.", ""):
-        with pytest.raises(ValueError, match="there are equal, inverse, and 3 numbers .* such as 1,1,1"):
+        with pytest.raises(ValueError, match="there are equal, inverse, balanced, and 3 numbers .* such as 1,1,1"):
             term_weights([1, 2], kinds, wrong)

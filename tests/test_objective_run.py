@@ -1,6 +1,7 @@
 """Every setting of the objective through the real launchers: the same on 1 and 2 ranks, and over a resume."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from runs import NAMES, SETTINGS, SMALL, assert_same_run, launch, learned, metri
 
 from pretrain.checkpoint import differences
 
-ALL = ["layer_weights=inverse", "relation_heads=6", "layer_map=2:2-3", "lanes=4", "cosine=0.5", "qk=1", "vv=1", "mlm=0.2",
+ALL = ["layer_weights=balanced", "relation_heads=6", "layer_map=2:2-3", "lanes=4", "cosine=0.5", "qk=1", "vv=1", "mlm=0.2",
        "soft_mlm=0.1", "temperature=3", "normalize=padded", "mask=dynamic", "gradient_checkpointing=true", "init=projected"]
 
 
@@ -41,6 +42,10 @@ def test_every_setting_on_one_rank_and_over_a_resume_on_one_and_two(of_two_lengt
     one = metrics(tmp_path / "one")
     assert {"embedding", "hidden/2", "attention/2", "cosine/2", "qk/2", "vv/2", "mlm", "soft_mlm"} <= set(one[6])
     assert "hidden/1" not in one[6]
+    weights = dict.fromkeys(("embedding", "hidden/2", "attention/2", "qk/2", "vv/2"), 1.0)
+    weights |= {"cosine/2": 0.5, "mlm": 0.2, "soft_mlm": 0.1}
+    most = sum(weight * math.log(one[6][name]) for name, weight in weights.items())
+    assert most - 1 < one[6]["loss"] < most  # a mean of rows' logarithms is less than a logarithm of their mean, here a little
     for step in (tmp_path / "one/checkpoints/step-6", tmp_path / "one/checkpoints/latest"):
         step.rename(tmp_path / step.name)
     for name in ("again", "two"):
@@ -90,7 +95,7 @@ def test_compiled_layers_learn_what_the_others_learn(one_rank, inputs, tmp_path)
     (["init=teacher"], "init=teacher needs a BERT teacher of the same widths, .* write init=auto"),
     (["normalize=rows"], "normalize=rows: must be 'row' or 'padded'"),
     (["embedding=0", "hidden=0", "attention=0"], "every term's weight is 0"),
-    (["layer_weights=1,2"], "layer_weights='1,2': there are equal, inverse, and 3 numbers"),
+    (["layer_weights=1,2"], "layer_weights='1,2': there are equal, inverse, balanced, and 3 numbers"),
     (["layer_map=1:9"], r"layer_map='1:9': cannot use '1:9'; write each student layer \(1 to 2\)")], ids=str)
 def test_settings_that_do_not_go_together_are_said(settings, says, shards_folder, teacher_folder):
     from argparse import Namespace
