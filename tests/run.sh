@@ -7,6 +7,6 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_H
 python -m flake8
 python -m autopep8 --diff --exit-code --recursive shards pretrain finetune launch tests  # --in-place mends what it shows
 python -m mypy
-[ $# -gt 0 ] || set -- -m "not faults and not hosts"
+[ $# -gt 0 ] || set -- -m "not faults and not hosts" -n 2 --dist loadfile  # most tests keep one core busy
 [ "$1" != --hosts ] || set -- -m hosts "${@:2}"
 exec python -m pytest "$@"
