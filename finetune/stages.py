@@ -68,6 +68,7 @@ def stage(folder: Path, inputs: dict, make: Callable[[Path], dict] | None) -> di
         if met().rank == 0:
             shutil.rmtree(part)
         raise
+    met().agree(None)  # all have read STATE before it goes
     if met().rank == 0:
         (part / STATE).unlink(missing_ok=True)
         write_json(part / "stage.json", {"inputs": inputs, "figures": figures, "files": sums(part)})

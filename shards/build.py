@@ -114,11 +114,10 @@ def _finish(settings, vocabulary: Vocabulary, counts: dict, manifest: Path, entr
     shards, counted = zip(*(json.loads(entry.read_text()) for entry in entries), strict=True)
     train, held = ([shard for shard in shards if shard["name"].startswith(kind)] for kind in stored.DRAWS)
     found = sum(map(Counter, counted), Counter())
-    of_one = found["rows"] - found["chunks_of_several"]
     counts |= {
         "masked": found["masked_tokens"] / settings.mask_sets / found["tokens"],  # share of the tokens
         "random_next": found["random"] / found["rows"],  # share of the rows whose B is random
-        "random_of_one": (found["random"] - found["random_of_several"]) / max(1, of_one),  # where the chunk has one sentence
+        "random_of_one": (found["random"] - found["random_of_several"]) / max(1, found["rows"] - found["chunks_of_several"]),
         "random_of_several": found["random_of_several"] / max(1, found["chunks_of_several"]),
         "mean_length": found["tokens"] / found["rows"], "truncated_tokens": found["truncated_tokens"]}
     for path in manifest.parent.glob("*.part"):  # of killed workers

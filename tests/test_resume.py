@@ -12,7 +12,7 @@ import torch
 from test_finetune import CPU, made_up_pairs, rows_of, save_place
 from test_qnli import QUICK, run
 
-from finetune import distill
+from finetune import distill, stages
 from finetune.qnli import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,3 +120,21 @@ def test_what_another_run_left_is_not_gone_on_from(place, tmp_path):
     assert run(place, tmp_path / "out", "method=gold", "--stages", "gold") == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["student"]
     assert not (tmp_path / "out" / "student" / "training.pt").exists()
+
+
+def test_the_first_rank_removes_nothing_that_another_has_yet_to_read(tmp_path, monkeypatch):
+    """Resumed behind the last epoch of `layers` a rank only reads: the first one waits for all before it goes on."""
+    there = []
+
+    class Ranks:
+        rank = 0
+
+        def agree(self, error):
+            there.append([path.parent.name.rpartition(".")[2] for path in tmp_path.rglob("training.pt")])
+
+    def resumed(part):
+        (part / "training.pt").write_bytes(b"all epochs")
+        return {}
+    monkeypatch.setattr(stages, "met", Ranks)
+    stages.stage(tmp_path / "layers", {"seed": 0}, resumed)
+    assert there == [[], ["part"], []]
