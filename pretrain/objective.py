@@ -23,7 +23,7 @@ RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) 
 OF_HEADS = ("attention", *RELATIONS)
 OF_WORDS = ("mlm", "soft_mlm")  # these are of no layer
 TILE = 64  # queries whose relations are computed at once
-LEAST = 1e-6  # balanced terms (the logarithms of arXiv 2308.12029) that are less teach nothing more
+LEAST = 1e-3  # added to balanced terms, the logarithms of arXiv 2308.12029: no term counts more than 1,000 times
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
 
 def weighted(terms: dict[str, Tensor], weights: dict, balanced: bool = False) -> Tensor:
     """The sum (B,) of terms, each with its own weight or its kind's; `balanced`: of their logarithms, so that no scale counts."""
-    each = {name: x.clamp(min=LEAST).log() if balanced else x for name, x in terms.items()}
+    each = {name: (x.relu() + LEAST).log() if balanced else x for name, x in terms.items()}
     return torch.stack([weights.get(name, weights.get(name.partition("/")[0], 0.0)) * x for name, x in each.items()]).sum(0)
 
 

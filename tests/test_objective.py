@@ -255,17 +255,14 @@ def test_weights_are_by_kind():
     assert weighted(terms, {"embedding": 1.0, "hidden": 0.5, "attention": 2.0}).item() == 206.0
 
 
-def test_balanced_terms_pull_as_strongly_on_any_scale():
-    """Each by its share of itself, row by row; equal models by nothing at all."""
+def test_balanced_terms_pull_by_their_shares_of_themselves():
+    """Row by row; the least ones by a thousand times themselves, equal models by nothing at all."""
     g = torch.Generator().manual_seed(6)
     x = torch.randn(5, 3, generator=g, dtype=torch.double).requires_grad_()
-    terms, weights = {"embedding": (x**2).sum(1), "hidden/1": (x - 1).pow(4).mean(1)}, {"embedding": 2.0, "hidden": 0.5}
+    terms, weights = {"embedding": 1e-6 * (x**2).sum(1), "hidden/1": (x - 1).pow(4).mean(1)}, {"embedding": 2.0, "hidden": 0.5}
     (got,) = torch.autograd.grad(weighted(terms, weights, balanced=True).sum(), x, retain_graph=True)
-    scaled = terms | {"hidden/1": 2**12 * terms["hidden/1"]}  # a power of two, so that nothing is rounded otherwise
-    (other,) = torch.autograd.grad(weighted(scaled, weights, balanced=True).sum(), x, retain_graph=True)
-    assert torch.equal(got, other)
     (of_each,) = zip(*(torch.autograd.grad(term.sum(), x) for term in terms.values()), strict=True)
-    want = sum(w * grad / term[:, None] for w, grad, term in zip((2.0, 0.5), of_each, terms.values(), strict=True))
+    want = sum(w * grad / (term[:, None] + 1e-3) for w, grad, term in zip((2.0, 0.5), of_each, terms.values(), strict=True))
     torch.testing.assert_close(got, want, rtol=1e-14, atol=0)  # float64's rounding, some operations
     s = changed(made(2, 10, 3, 8, 1), lambda part: part.requires_grad_())
     t = changed(s, lambda part: part.detach().clone())
