@@ -23,7 +23,7 @@ RELATIONS = {"qk": ("queries", "keys"), "qq": ("queries",) * 2, "kk": ("keys",) 
 OF_HEADS = ("attention", *RELATIONS)
 OF_WORDS = ("mlm", "soft_mlm")  # these are of no layer
 TILE = 64  # queries whose relations are computed at once
-LEAST = 1e-3  # added to balanced terms, the logarithms of arXiv 2308.12029: no term counts more than 1,000 times
+EPSILON = 1e-3  # added to balanced terms before their logarithm (arXiv 2308.12029): none counts more than 1,000 times
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,13 @@ def distil(student: Trace, teacher: Trace, real_BL: Tensor, layers: list, kinds:
 
 
 def weighted(terms: dict[str, Tensor], weights: dict, balanced: bool = False) -> Tensor:
-    """The sum (B,) of terms, each with its own weight or its kind's; `balanced`: of their logarithms, so that no scale counts."""
-    each = {name: (x.relu() + LEAST).log() if balanced else x for name, x in terms.items()}
+    """The sum (B,) of terms, each with its own weight or its kind's; `balanced`: of their logarithms, whatever their scales."""
+    each = {name: (x.relu() + EPSILON).log() if balanced else x for name, x in terms.items()}  # rounding can be below 0
     return torch.stack([weights.get(name, weights.get(name.partition("/")[0], 0.0)) * x for name, x in each.items()]).sum(0)
 
 
 def term_weights(layers: list, kinds: dict[str, float], rule: str) -> dict[str, float]:
-    """Each term's weight: its kind's times its layer's: 1, `inverse` (1/(m+1)) or numbers, the embeddings' first."""
+    """Each term's weight: its kind's times its layer's (1, by `inverse` 1/(m+1), or numbers, the embeddings' first)."""
     count = len(layers) + 1
     numbers = re.fullmatch(r"\d*\.?\d+(,\d*\.?\d+)*", rule) and [float(number) for number in rule.split(",")]
     inverse = rule == "inverse" and [1 / (m + 1) for m in range(count)]

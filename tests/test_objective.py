@@ -263,7 +263,7 @@ def test_balanced_terms_pull_by_their_shares_of_themselves():
     (got,) = torch.autograd.grad(weighted(terms, weights, balanced=True).sum(), x, retain_graph=True)
     (of_each,) = zip(*(torch.autograd.grad(term.sum(), x) for term in terms.values()), strict=True)
     want = sum(w * grad / (term[:, None] + 1e-3) for w, grad, term in zip((2.0, 0.5), of_each, terms.values(), strict=True))
-    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)  # float64's rounding, some operations
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)  # float64's rounding over some ten operations
     s = changed(made(2, 10, 3, 8, 1), lambda part: part.requires_grad_())
     t = changed(s, lambda part: part.detach().clone())
     loss = weighted(distil(s, t, real(), [1, 2]), dict.fromkeys(TERMS, 1.0), balanced=True).sum()
